@@ -45,7 +45,7 @@ def by_hand(reference: Any, layer: int, part: str, fn: Change) -> Iterator[None]
         groups = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
         scale = 1.0 if family == "gpt_neo" else q.shape[-1] ** -0.5
-        scores = torch.einsum("bqhd,bkhd->bhqk", q * scale, k) + bias(family, *q.shape[1:3])
+        scores = torch.einsum("bqhd,bkhd->bhqk", q * scale, k) + bias(reference, *q.shape[1:3]).to(q.dtype)
         visible = seen(reference, layer, q.shape[1])
         scores = scores.masked_fill(~visible, HIDDEN.get(family, torch.finfo(scores.dtype).min))
         if family == "gpt_neo":  # what is behind the query is hidden a second time
@@ -53,7 +53,7 @@ def by_hand(reference: Any, layer: int, part: str, fn: Change) -> Iterator[None]
         scores = fn(scores) if part == "scores" else scores
         pattern = scores.softmax(-1)
         pattern = fn(pattern) if part == "pattern" else pattern
-        z = torch.einsum("bhqk,bkhd->bqhd", pattern, v).flatten(2)
+        z = torch.einsum("bhqk,bkhd->bqhd", pattern.to(v.dtype), v).flatten(2)
         if family in BERT:
             return z, pattern
         if family == "openai-gpt":
@@ -85,7 +85,7 @@ def projected(reference: Any, module: nn.Module, hidden: Tensor) -> tuple[Tensor
 def rotated(family: str, config: Any, x: Tensor) -> Tensor:
     """Queries or keys, turned by their position: Falcon's and GPT-NeoX-Japanese's by halves, the others' by pairs."""
     pairs = family in ("gptj", "roformer")
-    if not pairs and family not in ("falcon", "gpt_neox_japanese"):
+    if not pairs and (family not in ("falcon", "gpt_neox_japanese") or getattr(config, "alibi", False)):
         return x
     part = 1.0 if pairs else config.rope_parameters.get("partial_rotary_factor", 1.0)
     base = 10000.0 if pairs else config.rope_parameters["rope_theta"]
@@ -99,11 +99,15 @@ def rotated(family: str, config: Any, x: Tensor) -> Tensor:
     return torch.cat([turned, x[..., d:]], -1)
 
 
-def bias(family: str, n: int, heads: int) -> Tensor:
-    """ALiBi `[head 1 key]`: a slope per head times the key's position, which MPT counts from the last."""
-    if family not in ("bloom", "mpt"):
+def bias(reference: Any, n: int, heads: int) -> Tensor:
+    """ALiBi `[head 1 key]`: a slope per head times the key's position, which MPT counts from the last and Falcon scales
+    as it does products."""
+    family = reference.family
+    if family not in ("bloom", "mpt") and not getattr(reference.hf.config, "alibi", False):
         return torch.zeros(())
     slopes = torch.tensor([2 ** (-8 * (head + 1) / heads) for head in range(heads)], dtype=torch.float64)
+    if family == "falcon":
+        return (slopes.bfloat16()[:, None, None] * torch.arange(n)).double() * reference.d_head**-0.5
     return slopes[:, None, None] * (torch.arange(n, dtype=slopes.dtype) - (n - 1 if family == "mpt" else 0))
 
 

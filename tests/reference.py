@@ -53,6 +53,8 @@ class Reference:
         settings = config.to_dict()
         self.n_heads = getattr(config, "num_attention_heads", 1)  # Mamba has none
         self.n_kv = 1 if settings.get("multi_query") else settings.get("num_key_value_heads") or self.n_heads
+        if settings.get("new_decoder_architecture"):
+            self.n_kv = settings["num_kv_heads"]
         self.d_head = settings.get("v_head_dim") or settings.get("head_dim") or config.hidden_size // self.n_heads
         self.d_key = settings["head_dim"] if self.family == "mimo_v2_flash" else self.d_head
 
@@ -111,6 +113,8 @@ class Reference:
         if self.family == "codegen":  # four parts, each with queries, values and keys
             return x.reshape(b, s, 4, 3, -1)[:, :, :, "qvk".index(part)].reshape(b, s, -1, self.d_head)
         index = "qkv".index(part)
+        if self.family == "falcon":  # per key-value head its queries, its key and its value
+            return x.unflatten(-1, (self.n_kv, -1, self.d_head)).split([self.n_heads // self.n_kv, 1, 1], 3)[index].flatten(2, 3)
         if self.family in PER_HEAD:
             return x.reshape(b, s, self.n_heads, 3, self.d_head)[:, :, :, index]
         sizes = [self.n_heads * self.d_head, self.n_kv * self.d_head, self.n_kv * self.d_head]
@@ -133,6 +137,8 @@ class Reference:
         parts = {name: new if name == part else self.split(x, name) for name in "qkv"}
         if self.family == "codegen":
             return torch.stack([parts[name].reshape(b, s, 4, -1) for name in "qvk"], 3).reshape(x.shape)
+        if self.family == "falcon":
+            return torch.cat([parts[name].unflatten(2, (self.n_kv, -1)) for name in "qkv"], 3).reshape(x.shape)
         if self.family in PER_HEAD:
             return torch.stack([parts[name] for name in "qkv"], 3).reshape(x.shape)
         return torch.cat([parts[name].flatten(2) for name in "qkv"], -1)

@@ -284,7 +284,7 @@ LACKS: dict[str, set[str]] = {
     "qwen3_5_moe_text": {"mlp_act"},
     **{family: {"rot_q", "rot_k"} for family in ("gpt-sw3", "gpt_bigcode")},
     "falcon": {"resid_mid"},
-    "codegen": {"resid_mid", "q", "k"},
+    "codegen": {"resid_mid"},
     "dbrx": {"mlp_act"},
     **{name: {"mlp_act"} for name in NO_DENSE_AROUND},
     **{name: {"resid_mid"} for name in PARALLEL_AROUND},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,6 +21,13 @@ View = Callable[[Tensor], Tensor]
 Join = Callable[[nn.Module, str, Tensor, Tensor], Tensor]
 """How a block goes on, of the block, the site of the stream that follows (`resid_mid` or `resid_post`), the stream
 before it, and what is added."""
+
+
+class Arrangement(NamedTuple):
+    """Another order of the features of a projection, in which its heads are a view: the way there, and back."""
+
+    into: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,8 @@ class Family:
             it ends with `|`: not all models of the family have it.
         varied: paths that not all blocks share, given the block ("" for none).
         fused: how `blocks.attn.qkv` splits.
+        arranged: another order of that projection's features, given the heads, where no view of it has them as heads; then
+            `fused` splits what is in that order. None for models that need none.
         views: how the projections of single parts (`q`, `k`, `v`) split, where they hold more than that part.
         heads: head counts of a layer, given its attention module and the counts by its weights.
         inside: of `q`, `k`, `v` those that are read inside attention, for families where no module gives them.
@@ -141,6 +150,7 @@ class Family:
     paths: Mapping[str, str] = field(default_factory=dict)
     varied: Callable[[Any], Mapping[str, str]] | None = None
     fused: Fused | None = None
+    arranged: Callable[[Heads], Arrangement | None] | None = None
     views: Mapping[str, Fused] = field(default_factory=dict)
     heads: Callable[[Any, Heads], Heads] | None = None
     inside: tuple[str, ...] = ()

@@ -1,12 +1,17 @@
 """GPT-J, and CodeGen, whose one projection lies in four parts, each with queries, values and keys of a quarter of the heads."""
 
-from .family import Family
+from .family import Arrangement, Family, Heads, View, fused_blocks
 
 FAMILY = Family("gptj", parallel=lambda config: True)
-_IN_PARTS = "they lie in four parts of one projection, so heads are no view of it"
-CODEGEN = Family(
-    "codegen",
-    parallel=lambda config: True,
-    inside=("v",),
-    refuse={"q": f"{_IN_PARTS}; rot_q has them rotated", "k": f"{_IN_PARTS}; rot_k has them rotated"},
+_PARTS = Arrangement(
+    lambda x: x.unflatten(-1, (4, 3, -1)).transpose(-3, -2).flatten(-3),
+    lambda x: x.unflatten(-1, (3, 4, -1)).transpose(-3, -2).flatten(-3),
 )
+
+
+def fused_parts(heads: Heads, part: str) -> View:
+    """All queries, then all values, then all keys."""
+    return fused_blocks(heads, {"q": "q", "v": "k", "k": "v"}[part])
+
+
+CODEGEN = Family("codegen", parallel=lambda config: True, fused=fused_parts, arranged=lambda heads: _PARTS)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CapabilityError
-from .family import View
+from .family import Arrangement, View
 from .parameters import matrix
 from .rerouting import Proof, Routed, Taken
 from .routing import Router
@@ -115,12 +115,14 @@ class Layout:
         images: it passes a vision tower, in which the patches of all images follow each other, as `[patch d]` or
             `[tile patch d]`.
         shards: how an axis is shared out between processes, see `shards.py`.
+        arranged: the order of the features.
     """
 
     flat: bool = False
     factor: float | Tensor = 1.0
     images: bool = False
     shards: Sharded | None = None
+    arranged: Arrangement | None = None
 
     @property
     def scaled(self) -> bool:
@@ -143,10 +145,12 @@ class Layout:
                 )
             x = x.reshape(1, -1, x.shape[-1])
         x = x.reshape(*shape, *x.shape[1:]) if self.flat else x
+        x = x if self.arranged is None else self.arranged.into(x)
         return x * self.factor if self.scaled else x
 
     def leave(self, x: Tensor, like: Tensor) -> Tensor:
         """The site's tensor as the module has to pass it on, in the place of `like`."""
+        x = x if self.arranged is None else self.arranged.back(x)
         x = x if self.shards is None else self.shards.own(x)
         x = x.reshape(like.shape)
         if not self.scaled:

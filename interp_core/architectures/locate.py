@@ -12,12 +12,13 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CapabilityError, LoadError, first_line
 from ..sites import SITES, VISION_
@@ -327,7 +328,17 @@ def _projections(block: Block, attn: str, counts: Heads, sizes: Mapping[str, Map
             view = split(counts, part) if split else split_heads(of_part["head"], of_part["d_head"])
             block.view(part, stack.point(path, "out", view=view), of_part)
         elif family.fused and (path := block.parts.get("attn.qkv")):
-            block.view(part, stack.point(path, "out", view=family.fused(counts, part)), of_part)
+            point, arranged = stack.point(path, "out", view=family.fused(counts, part)), None
+            if family.arranged and (arranged := family.arranged(counts)):
+                point = replace(point, layout=Layout(arranged=arranged))
+            block.view(part, point, of_part)
+            if arranged and (entry := stack.atlas.entries.get((stack.prefix + part, block.layer))):
+                entry.view = partial(_arranged_view, arranged.into, point.view)
+
+
+def _arranged_view(into: View, view: View, x: Tensor) -> Tensor:
+    """The site's axes, of what its module gives as it gives it."""
+    return view(into(x))
 
 
 def _mixed(block: Block, projection: str, counts: Heads) -> None:
