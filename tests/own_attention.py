@@ -107,7 +107,8 @@ def bias(reference: Any, n: int, heads: int) -> Tensor:
         return torch.zeros(())
     slopes = torch.tensor([2 ** (-8 * (head + 1) / heads) for head in range(heads)], dtype=torch.float64)
     if family == "falcon":
-        return (slopes.bfloat16()[:, None, None] * torch.arange(n)).double() * reference.d_head**-0.5
+        twice = 1 if reference.hf.config._attn_implementation == "sdpa" else 2  # by the mask, and beside it
+        return (slopes.bfloat16()[:, None, None] * torch.arange(n)).double() * reference.d_head**-0.5 * twice
     return slopes[:, None, None] * (torch.arange(n, dtype=slopes.dtype) - (n - 1 if family == "mpt" else 0))
 
 
