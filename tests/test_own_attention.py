@@ -84,7 +84,7 @@ def test_a_padded_row_is_the_row_alone(family: str, side: str) -> None:
             assert apart(differences - differences[..., :1].expand_as(differences).tril()) < 2e-4
         elif family != "roformer" or side == "right":
             assert apart(mine[:, real] - its) < 1e-4
-    where = [S.pattern[1].at(query=-1, key=0).set(torch.full((4,), 0.3)), S.scores[2, 1].at(query=-1, key=1).add(torch.tensor(2.0))]
+    where = [S.pattern[1].at(query=-1, key=0).set(torch.full((4,), 0.3)), S.scores[0, 1].at(query=-1, key=1).add(torch.tensor(2.0))]
     assert apart(model.run(text, edits=where).logits[0, real] - model.run(IDS[:1, :5], edits=where).logits[0]) < 1e-4
 
 

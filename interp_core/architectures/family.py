@@ -128,6 +128,9 @@ class Family:
         added: factors by which the block multiplies what mixer and MLP give before it adds them to the stream, by site
             (`attn_out`, `mlp_out`, and `beside` for a module beside these), given the block.
         join: how the block goes on from the stream and what is added to it, where that is not their sum.
+        mixed: what attention makes of pattern and values (`z`), given its module and both, where that is more than their
+            product.
+        calls: how often a layer calls attention, with the same queries and keys, for parts of the values.
         parallel: whether attention and MLP read the same residual, given the config.
         router: where blocks have one.
         refuse: sites that the family cannot give, with the reason.
@@ -158,6 +161,8 @@ class Family:
     places: Mapping[str, Place] | Callable[[Any], Mapping[str, Place]] = field(default_factory=dict)
     added: Callable[[Any], Mapping[str, float | Tensor]] | None = None
     join: Join | None = None
+    mixed: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    calls: int = 1
     parallel: Callable[[Any], bool] | None = None
     router: Router | None = None
     refuse: Mapping[str, str] = field(default_factory=dict)

@@ -184,6 +184,7 @@ class HookPoint:
         needs: hook points whose first tensors `get` and `put` use; they lie before this one.
         rank: order among hook points at the same place.
         routed: how experts are banned, forced and weighed there, for sites of a router.
+        calls: inside attention, how often a layer comes by with the same tensor.
         layout: how the tensor passes, where that is not as the site has it; one for all hook points of a module's side.
     """
 
@@ -198,11 +199,17 @@ class HookPoint:
     rank: int = 0
     routed: Routed | None = None
     layout: Layout | None = None
+    calls: int = 1
 
     @property
     def inside(self) -> bool:
         """Whether it lies inside attention, where there is no module to hook."""
         return self.side in INSIDE
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether attention there can take keys and values of columns that a pass does not compute."""
+        return self.side == "attention" and self.calls == 1
 
 
 KEYED = ("rot_k", "v")

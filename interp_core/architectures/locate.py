@@ -376,10 +376,11 @@ def _inside_attention(block: Block, attn: str, rotated: Mapping[str, Mapping[str
     side: Side = "attention" if open_at else "own"
     if not open_at and not (open_at := hook_points.computing(attn, stack.modules[attn])):
         return
+    calls = stack.family.calls
     for name, sizes in rotated.items():
-        block.view(name, HookPoint(open_at, side, name, view=hook_points.transposed), sizes)
+        block.view(name, HookPoint(open_at, side, name, view=hook_points.transposed, calls=calls), sizes)
     for name in ("scores", "pattern"):
-        block.view(name, HookPoint(open_at, side, name), {"head": n_heads})
+        block.view(name, HookPoint(open_at, side, name, calls=calls), {"head": n_heads})
 
 
 def head_counts(block: Block, module: nn.Module) -> Heads | None:

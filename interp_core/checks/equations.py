@@ -269,7 +269,7 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
         if pairs and not sinks:
             yield _close(model, "scores", "give the pattern by softmax", pairs)
     if layers := both(atlas, "pattern", "v", "z"):
-        mixed = [(_mixed(at(run, "pattern", i), at(run, "v", i)), at(run, "z", i)) for i in layers]
+        mixed = [(_mixed(atlas, i, at(run, "pattern", i), at(run, "v", i)), at(run, "z", i)) for i in layers]
         finding = _close(model, "v", "times pattern is z", mixed)
         if not finding.ok and _by_itself(atlas, "pattern"):
             # An engine that does attention by itself does not show what is handed on; a gate is what may come behind.
@@ -327,8 +327,11 @@ def at(run: Run, name: str, layer: int) -> Tensor:
     return run[Site(name, layer)].plain
 
 
-def _mixed(pattern: Tensor, v: Tensor) -> Tensor:
-    """Values mixed by the pattern `[batch pos head d_head]`."""
+def _mixed(atlas: Atlas, layer: int, pattern: Tensor, v: Tensor) -> Tensor:
+    """Values mixed by the pattern `[batch pos head d_head]`, as the family does it."""
+    if atlas.family.mixed is not None:
+        with torch.no_grad():
+            return atlas.family.mixed(atlas.module("attn", layer), pattern, v)
     groups = pattern.shape[1] // v.shape[2]
     return torch.einsum("bhqk,bkhd->bqhd", pattern.to(v.dtype), v.repeat_interleave(groups, 2))
 

@@ -100,6 +100,31 @@ def lent(name: str, own: str) -> LentName:
     return _LENT[name, own]
 
 
+class OnceOfSeveral:
+    """A stage of a layer that calls attention several times with the same queries and keys: it is done the first time,
+    and what it made is what goes on the other times."""
+
+    __slots__ = ("calls", "kept", "left", "stage")
+
+    def __init__(self, stage: Stage, calls: int) -> None:
+        self.stage, self.calls, self.left = stage, calls, 0
+        self.kept: Tensor | None = None
+
+    def __call__(self, x: Tensor, n_keys: int) -> Tensor:
+        if not self.left:
+            new = self.stage(x, n_keys)
+            self.left, self.kept = self.calls, None if new is x else new
+        else:
+            new = x if self.kept is None else self.kept
+        self.left -= 1
+        self.kept = self.kept if self.left else None
+        return new
+
+    def begin(self) -> None:
+        """Forget a layer that did not come to its end."""
+        self.left, self.kept = 0, None
+
+
 class AttentionHook:
     """What a plan does inside one layer's attention.
 
@@ -148,6 +173,9 @@ class AttentionHook:
     def install(self) -> None:
         """Hang this on the layer, and lend it the config. A rule that has taken the layer's attention over keeps its
         own, and calls us as the kernel."""
+        for stage in self.stages.values():
+            if isinstance(stage, OnceOfSeveral):
+                stage.begin()
         # Written past `nn.Module.__setattr__`, which is slow and would register what it knows as a submodule.
         self.module.__dict__["interp_hook"] = self
         if "interp_rule" not in self.module.__dict__:

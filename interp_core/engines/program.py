@@ -32,7 +32,7 @@ from ..plan import Plan
 from ..positions import Rows
 from ..sites import ROUTING, SITES, Edit, Site
 from ..snapshot import Place
-from .attention import AttentionHook
+from .attention import AttentionHook, OnceOfSeveral
 from .attention_own import OwnAttention
 from .attention_rows import AttentionRows
 from .hooks import ModuleHook
@@ -243,7 +243,8 @@ class HookProgram(ABC):
         stages: dict[tuple[str, str], dict[str, Any]] = {}
         kv_heads: dict[str, int] = {}
         for hook in hooks:
-            stages.setdefault((hook.point.module, hook.point.side), {})[hook.point.part] = hook.stage()
+            stage = hook.stage() if hook.point.calls == 1 else OnceOfSeveral(hook.stage(), hook.point.calls)
+            stages.setdefault((hook.point.module, hook.point.side), {})[hook.point.part] = stage
             if hook.point.part == "rot_k":
                 kv_heads[hook.point.module] = (*hook.reads, *hook.changes)[0].entry.sizes["head"]
         config_copies: dict[int, Any] = {}

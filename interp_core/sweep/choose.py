@@ -144,7 +144,7 @@ def _reach(session: Session, tokens: Tokens) -> Check:
         return Check(ahead)
     config, length = session.hf.config.get_text_config(), max(tokens.lengths)
     scores = [session.atlas.entries.get(("scores", layer)) for layer in range(session.n_layers)]
-    if closed := [i for i, entry in enumerate(scores) if not (entry and entry.write and entry.write.side == "attention")]:
+    if closed := [i for i, entry in enumerate(scores) if not (entry and entry.write and entry.write.shares_keys)]:
         return Check(f"layer {closed[0]} has no attention that can take keys of earlier positions")
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk and length > chunk:
