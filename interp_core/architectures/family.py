@@ -131,6 +131,7 @@ class Family:
         mixed: what attention makes of pattern and values (`z`), given its module and both, where that is more than their
             product.
         calls: how often a layer calls attention, with the same queries and keys, for parts of the values.
+        summed: where the stream passes with the MLP's part added, in blocks that go on to change it before they give it.
         parallel: whether attention and MLP read the same residual, given the config.
         router: where blocks have one.
         refuse: sites that the family cannot give, with the reason.
@@ -161,6 +162,7 @@ class Family:
     places: Mapping[str, Place] | Callable[[Any], Mapping[str, Place]] = field(default_factory=dict)
     added: Callable[[Any], Mapping[str, float | Tensor]] | None = None
     join: Join | None = None
+    summed: Place | None = None
     mixed: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     calls: int = 1
     parallel: Callable[[Any], bool] | None = None
