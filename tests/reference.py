@@ -114,7 +114,11 @@ class Reference:
             return x.reshape(b, s, 4, 3, -1)[:, :, :, "qvk".index(part)].reshape(b, s, -1, self.d_head)
         index = "qkv".index(part)
         if self.family == "falcon":  # per key-value head its queries, its key and its value
-            return x.unflatten(-1, (self.n_kv, -1, self.d_head)).split([self.n_heads // self.n_kv, 1, 1], 3)[index].flatten(2, 3)
+            return (
+                x.unflatten(-1, (self.n_kv, -1, self.d_head))
+                .split([self.n_heads // self.n_kv, 1, 1], 3)[index]
+                .flatten(2, 3)
+            )
         if self.family in PER_HEAD:
             return x.reshape(b, s, self.n_heads, 3, self.d_head)[:, :, :, index]
         sizes = [self.n_heads * self.d_head, self.n_kv * self.d_head, self.n_kv * self.d_head]

@@ -65,7 +65,9 @@ def test_falcon_in_all_its_kinds(config: dict[str, Any], attention: str) -> None
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", ["bloom", "falcon", "gpt_neo", "gpt_neox_japanese", "mpt", "mvp", "roformer", "xglm"])
+@pytest.mark.parametrize(
+    "family", ["bloom", "falcon", "gpt_neo", "gpt_neox_japanese", "mpt", "mvp", "roformer", "xglm"]
+)
 def test_a_padded_row_is_the_row_alone(family: str, side: str) -> None:
     model = opened(family)
     if f"{side} padding" in model.atlas.lacking:
@@ -73,7 +75,10 @@ def test_a_padded_row_is_the_row_alone(family: str, side: str) -> None:
         return
     text, real = padded(side)
     names = [name for name in INSIDE if model.atlas.layers(name)]
-    together, alone = model.run(text, read=[Site(n) for n in names]), model.run(IDS[:1, :5], read=[Site(n) for n in names])
+    together, alone = (
+        model.run(text, read=[Site(n) for n in names]),
+        model.run(IDS[:1, :5], read=[Site(n) for n in names]),
+    )
     for name in names:
         mine, its = together[Site(name)].plain[:, 0], alone[Site(name)].plain[:, 0]
         if name == "pattern":
@@ -84,7 +89,10 @@ def test_a_padded_row_is_the_row_alone(family: str, side: str) -> None:
             assert apart(differences - differences[..., :1].expand_as(differences).tril()) < 2e-4
         elif family != "roformer" or side == "right":
             assert apart(mine[:, real] - its) < 1e-4
-    where = [S.pattern[1].at(query=-1, key=0).set(torch.full((4,), 0.3)), S.scores[0, 1].at(query=-1, key=1).add(torch.tensor(2.0))]
+    where = [
+        S.pattern[1].at(query=-1, key=0).set(torch.full((4,), 0.3)),
+        S.scores[0, 1].at(query=-1, key=1).add(torch.tensor(2.0)),
+    ]
     assert apart(model.run(text, edits=where).logits[0, real] - model.run(IDS[:1, :5], edits=where).logits[0]) < 1e-4
 
 

@@ -1,9 +1,9 @@
 """DiffLlama: what a head gives is a difference of two softmax patterns' mixtures (Ye et al. 2024, arXiv:2410.05258).
 
-Heads go in pairs, h and h + n/2. Each has a pattern of its own, and both mix the same values, which are twice as wide: a
-value head of the first half beside one of the second. The mixture of the second times lambda is taken from that of the
-first, and normed: so many numbers that `z` has half a pair's at each head. The module calls attention twice, for each
-half of the values, with the same queries and keys.
+Heads go in pairs, h and h + n/2. Each has a pattern of its own, and both mix the same values, which are twice as wide:
+a value head of the first half beside one of the second. The mixture of the second times lambda is taken from that of
+the first, and normed: `z` has a pair's difference, laid out as two heads that follow each other. The module calls
+attention twice, for each half of the values, with the same queries and keys.
 """
 
 from __future__ import annotations

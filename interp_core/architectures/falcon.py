@@ -26,7 +26,7 @@ def fused_groups(heads: Heads, part: str) -> View:
 
 
 def arranged(heads: Heads) -> Arrangement | None:
-    """All queries, then all keys, then all values; where there are several key-value heads with several queries each."""
+    """All queries, then all keys, then all values; where several key-value heads have several queries each."""
     kv, n, d = heads.n_kv_heads, heads.n_heads // heads.n_kv_heads, heads.d_head
     if 1 in (kv, n):
         return None

@@ -115,8 +115,8 @@ class Family:
             it ends with `|`: not all models of the family have it.
         varied: paths that not all blocks share, given the block ("" for none).
         fused: how `blocks.attn.qkv` splits.
-        arranged: another order of that projection's features, given the heads, where no view of it has them as heads; then
-            `fused` splits what is in that order. None for models that need none.
+        arranged: another order of that projection's features, given the heads, where no view of it has them as heads;
+            then `fused` splits what is in that order. None for models that need none.
         views: how the projections of single parts (`q`, `k`, `v`) split, where they hold more than that part.
         heads: head counts of a layer, given its attention module and the counts by its weights.
         inside: of `q`, `k`, `v` those that are read inside attention, for families where no module gives them.
@@ -128,10 +128,10 @@ class Family:
         added: factors by which the block multiplies what mixer and MLP give before it adds them to the stream, by site
             (`attn_out`, `mlp_out`, and `beside` for a module beside these), given the block.
         join: how the block goes on from the stream and what is added to it, where that is not their sum.
-        mixed: what attention makes of pattern and values (`z`), given its module and both, where that is more than their
-            product.
+        mixed: what attention makes of pattern and values (`z`), given its module and both, where that is more than
+            their product.
         calls: how often a layer calls attention, with the same queries and keys, for parts of the values.
-        summed: where the stream passes with the MLP's part added, in blocks that go on to change it before they give it.
+        summed: where the stream passes with the MLP's part added, in blocks that go on to change it.
         parallel: whether attention and MLP read the same residual, given the config.
         router: where blocks have one.
         refuse: sites that the family cannot give, with the reason.

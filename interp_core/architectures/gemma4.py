@@ -3,8 +3,8 @@
 The router's module keeps its logits to itself and gives probabilities: `router_logits` are their logarithms, which are
 the logits up to a constant per token, and minus infinity where a probability is zero in float32.
 
-A block may end with what it makes of a token's embedding for this layer, gated by the stream after the MLP; that stream is
-where `mlp_out` was added. At the very end it multiplies the whole stream.
+A block may go on with what it makes of a token's embedding for this layer, gated by the stream after the MLP; in that
+stream `mlp_out` is added. At the very end it multiplies the whole stream.
 
 Values are normed before they are mixed, in Gemma 3n and the unified Gemma 4 too: `v` is read inside attention.
 """

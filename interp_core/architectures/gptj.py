@@ -1,4 +1,5 @@
-"""GPT-J, and CodeGen, whose one projection lies in four parts, each with queries, values and keys of a quarter of the heads."""
+"""GPT-J, and CodeGen, whose one projection lies in four parts, each with queries, values and keys of a quarter of the
+heads."""
 
 from .family import Arrangement, Family, Heads, View, fused_blocks
 

@@ -111,6 +111,7 @@ class OnceOfSeveral:
         self.kept: Tensor | None = None
 
     def __call__(self, x: Tensor, n_keys: int) -> Tensor:
+        """See `Stage`."""
         if not self.left:
             new = self.stage(x, n_keys)
             self.left, self.kept = self.calls, None if new is x else new

@@ -11,8 +11,8 @@ module's own code calls, in this order:
     scaled_dot_product_attention query, key, …                         all of these at once: `attention.py`'s steps
 
 Everything else passes untouched, and so does what other modules, hooks and functions of a plan compute meanwhile: an
-operation counts only where a method of the module's own class calls it. So what the model computes is what it computed, operation by
-operation, and only an edit puts another tensor in the place of an operand or a result.
+operation counts only where a method of the module's own class calls it. So what the model computes is what it computed,
+operation by operation, and only an edit puts another tensor in the place of an operand or a result.
 
 Models have their heads as `[batch head query d_head]` or as `[(batch head) query d_head]`; sites have the former. Keys
 that a model copies for each query head (Falcon-40B) are those of its key-value heads again.
