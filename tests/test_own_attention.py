@@ -16,6 +16,8 @@ from torch.overrides import _get_current_function_mode_stack
 import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
+from interp_core.architectures.family import Place
+from interp_core.architectures.gemma4 import FAMILY
 from interp_core.sites import Site
 
 INSIDE = ("rot_q", "rot_k", "scores", "pattern")
@@ -216,3 +218,56 @@ def test_by_hand_is_not_what_it_is_held_against() -> None:
         reference.shape = IDS.shape
         other = model.hf(IDS).logits
     assert apart(other - model.run(IDS).logits.plain) > 1e-4
+
+
+def test_two_calls_of_attention_with_the_same_queries_are_one() -> None:
+    """DiffLlama calls it for each half of the values."""
+    model = ic.load(testing.tiny("diffllama"))
+    reference = Reference("diffllama", model.hf)
+    calls: list[int] = []
+
+    def halved(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x * 0.5
+
+    edit = S.pattern[1, 2].at(query=[4, 6]).apply(halved)
+    run = model.run(IDS, edits=edit, read=S.pattern[1])
+    assert len(calls) == 1 and run.receipts[0].fired == 1
+
+    def by_half(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, 2, [4, 6]] *= 0.5
+        return x
+
+    model.hf.set_attn_implementation("eager")
+    wanted = reference.logits("pattern", 1, {"input_ids": IDS}, by_half)
+    assert apart(run.logits - wanted) < 1e-4
+    gone = S.pattern[1, 2].at(query=-1, key=0).knockout()
+    wanted = reference.logits("scores", 1, {"input_ids": IDS}, lambda x: _hidden(x, 2))
+    assert apart(model.run(IDS, edits=gone).logits - wanted) < 1e-4
+    with pytest.raises(ValueError, match="halfway"):
+        model.run(IDS, edits=S.z[1].apply(_failing), read=S.pattern)
+    assert apart(model.run(IDS, edits=edit, read=S.pattern[1]).logits - run.logits) < 1e-4
+    few = S.pattern[1, 2].at(query=[2, 4]).apply(lambda x: x * 0.5)
+    variants = [few, gone, S.resid_pre[1].at(3).scale(0.5)]
+    wanted = model.sweep(tokens(), variants, JUDGED, strategy="full").values
+    torch.testing.assert_close(model.sweep(tokens(), variants, JUDGED).values, wanted, atol=1e-4, rtol=1e-4)
+
+
+def _hidden(scores: Tensor, head: int) -> Tensor:
+    scores = scores.clone()
+    scores[:, head, -1, 0] = torch.finfo(scores.dtype).min
+    return scores
+
+
+def _failing(_x: Tensor) -> Tensor:
+    raise ValueError("halfway")
+
+
+def test_what_gemma_4_adds_before_per_layer_inputs_and_its_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = testing.tiny("gemma4_text")
+    for block in hf.model.layers:
+        block.layer_scalar.fill_(0.6)
+    assert not ic.load(hf).can("mlp_out", "write")
+    monkeypatch.setitem(vars(FAMILY), "summed", Place("post_per_layer_input_norm", "in"))
+    assert "adds up" in ic.load(hf).can("mlp_out", "read")

@@ -328,12 +328,13 @@ def _projections(block: Block, attn: str, counts: Heads, sizes: Mapping[str, Map
             view = split(counts, part) if split else split_heads(of_part["head"], of_part["d_head"])
             block.view(part, stack.point(path, "out", view=view), of_part)
         elif family.fused and (path := block.parts.get("attn.qkv")):
-            point, arranged = stack.point(path, "out", view=family.fused(counts, part)), None
+            view = family.fused(counts, part)
+            point, arranged = stack.point(path, "out", view=view), None
             if family.arranged and (arranged := family.arranged(counts)):
                 point = replace(point, layout=Layout(arranged=arranged))
             block.view(part, point, of_part)
             if arranged and (entry := stack.atlas.entries.get((stack.prefix + part, block.layer))):
-                entry.view = partial(_arranged_view, arranged.into, point.view)
+                entry.view = partial(_arranged_view, arranged.into, view)
 
 
 def _arranged_view(into: View, view: View, x: Tensor) -> Tensor:
