@@ -22,6 +22,8 @@ BART = ("mvp", "trocr", "xglm")
 BERT = ("big_bird", "git", "GitForCausalLM", "megatron-bert", "rembert", "roformer")
 FUSED = ("bloom", "falcon", "gpt_neox_japanese", "mpt", "openai-gpt")
 OWN = (*BART, *BERT, *FUSED, "gpt_neo", "gptj")
+NARROW = ("gpt_neo", "gptj")
+"""Products of queries and keys are taken in float32."""
 HIDDEN = {"openai-gpt": -1e4, "gpt_neo": torch.finfo(torch.float32).min}
 _QKV = {"mpt": "Wqkv", "openai-gpt": "c_attn"}
 _OUT = {
@@ -45,11 +47,13 @@ def by_hand(reference: Any, layer: int, part: str, fn: Change) -> Iterator[None]
         groups = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
         scale = 1.0 if family == "gpt_neo" else q.shape[-1] ** -0.5
-        scores = torch.einsum("bqhd,bkhd->bhqk", q * scale, k) + bias(reference, *q.shape[1:3]).to(q.dtype)
+        if family in NARROW:
+            q, k = q.float(), k.float()
+        scores = q.transpose(1, 2) @ k.transpose(1, 2).mT * scale + bias(reference, *q.shape[1:3]).to(q.dtype)
         visible = seen(reference, layer, q.shape[1])
         scores = scores.masked_fill(~visible, HIDDEN.get(family, torch.finfo(scores.dtype).min))
         if family == "gpt_neo":  # what is behind the query is hidden a second time
-            scores = scores.masked_fill(~visible.new_ones(visible.shape).tril(), torch.finfo(scores.dtype).min)
+            scores = scores.to(v.dtype).masked_fill(~visible.new_ones(visible.shape).tril(), torch.finfo(v.dtype).min)
         scores = fn(scores) if part == "scores" else scores
         pattern = scores.softmax(-1)
         pattern = fn(pattern) if part == "pattern" else pattern

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from layouts import OWN_ATTENTION
 from own_attention import OWN, by_hand
 from routed import route
 from torch import Tensor, nn
@@ -160,7 +161,7 @@ class Reference:
         heads = (self.n_heads, self.d_head)
         if site == "v" and self.family in MIXED_VALUES:
             return self._attention(layer, site, fn)
-        if site in ATTENTION and self.family in OWN:
+        if site in ATTENTION and self.family in OWN and (self.family != "gptj" or "gptj" in OWN_ATTENTION):
             return by_hand(self, layer, site, fn)
         if site in ATTENTION:
             return self._attention(layer, site, fn)

@@ -150,8 +150,11 @@ def add_up(model: Session, run: Run, totals: list[Sum], edited: Sequence[Entry] 
 def _held(model: Session, run: Run, what: str, alike: list[Sum], edited: Sequence[Entry]) -> Finding:
     checked = [_adds_up(model, run, total, edited) for total in alike]
     if model.atlas.family.summed is not None and alike[0].after == "resid_post" and not all(ok for ok, *_ in checked):
-        within = _summed(model, run, [total.layer for total in alike])
-        checked = [_adds_up(model, run, total, edited, within.get(total.layer)) for total in alike]
+        again, changed = _summed(model, run, alike)
+        checked = [
+            _adds_up(model, again if total.layer in changed else run, total, edited, summed=total.layer in changed)
+            for total in alike
+        ]
     failed = tuple(total.layer for total, (ok, _, _) in zip(alike, checked, strict=True) if not ok)
     worst = max((off for _, off, _ in checked), key=lambda x: (x != x, x))  # NaN is the worst
     first, *others = alike[0].defined
@@ -163,25 +166,26 @@ def _held(model: Session, run: Run, what: str, alike: list[Sum], edited: Sequenc
     return Finding(first, what + when, not failed, f"{worst:.1e}", Law.SUM, tuple(others), layers, note)
 
 
-def _summed(model: Session, run: Run, layers: list[int]) -> dict[int, Tensor]:
-    """The streams that parts were added to, of blocks that go on to change them: the same pass once more."""
+def _summed(model: Session, run: Run, alike: list[Sum]) -> tuple[Run, list[int]]:
+    """The same pass once more, in which `resid_post` is the stream that parts were added to, of blocks that go on to
+    change it; and the layers of these."""
     inside, place = copy(model.atlas), model.atlas.family.summed
     inside.entries = dict(model.atlas.entries)
-    at_place: list[int] = []
-    for layer in layers:
+    changed: list[int] = []
+    for layer in (total.layer for total in alike):
         entry = inside.entries["resid_post", layer] = copy(inside.entries["resid_post", layer])
         assert entry.read is not None and place is not None
         if (path := f"{entry.read.module}.{place.module}") in model.engine.modules:
             entry.read = HookPoint(path, place.side)
-            at_place.append(layer)
-    sites, edits = tuple(Site("resid_post", layer) for layer in at_place), run._compiled.edits
+            changed.append(layer)
+    edits = run._compiled.edits
+    sites = tuple(dict.fromkeys(Site(name, total.layer) for total in alike for name in total.names))
     plan = CompiledPlan(model, model.engine.compile(Plan.of(sites, edits), inside), sites, edits)
-    again = plan.run(run.tokens, logits=-1, allow_noop=True)
-    return {layer: at(again, "resid_post", layer) for layer in at_place}
+    return plan.run(run.tokens, logits=-1, allow_noop=True), changed
 
 
 def _adds_up(
-    model: Session, run: Run, total: Sum, edited: Sequence[Entry], summed: Tensor | None = None
+    model: Session, run: Run, total: Sum, edited: Sequence[Entry], *, summed: bool = False
 ) -> tuple[bool, float, bool]:
     """Whether a sum holds up to rounding, how far it is off in parts of the largest number, and whether it does so by
     the family's own `join` only, or before its block goes on (`summed`)."""
@@ -189,12 +193,11 @@ def _adds_up(
     rows = [0, *(i for i, entry in enumerate(edited, 1) if id(entry) not in shown)]
     before, *parts, after = (run[Site(name, total.layer)].plain[rows] for name in total.names)
     added = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    after = after if summed is None else summed[rows]
     terms = before.abs() + sum(part.abs() for part in parts)
     ok, off = within_rounding(model, before + added, after, terms)
     join = None if total.after.startswith(VISION_) else model.atlas.family.join
-    if ok or join is None or summed is not None:
-        return ok, off, summed is not None
+    if ok or join is None or summed:
+        return ok, off, summed
     block = model.atlas.entries["resid_pre", total.layer].module
     if block is None:
         return ok, off, False
