@@ -144,9 +144,9 @@ def test_generation_does_what_whole_texts_do(family: str) -> None:
     edits = [S.pattern[1].at(key=0).set(torch.tensor(2.0)), S.scores[2, 1].at(key=1).add(torch.tensor(0.5))]
     edits += [S.rot_k[0].at(1).scale(0.7), S.rot_q[2].scale(1.1)] if family == "falcon" else []
     gone = S.pattern[0, 1].at(query="generated", key=2).knockout()
-    made = model.generate(IDS[:1], max_new_tokens=5, edits=[*edits, gone])
-    forced = model.run(made.tokens, edits=[*edits, gone])
-    text = made.tokens.ids
+    whole = model.generate(IDS[:1], max_new_tokens=5, edits=[*edits, gone])
+    forced = model.run(whole.tokens, edits=[*edits, gone])
+    text = whole.tokens.ids
     assert forced.logits[0, 6:-1].argmax(-1).tolist() == text[0, 7:].tolist()
     assert text[0, 7:].tolist() != model.generate(IDS[:1], max_new_tokens=5).tokens.ids[0, 7:].tolist()
 

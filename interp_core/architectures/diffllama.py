@@ -21,10 +21,10 @@ def mixed(attention: Any, pattern: Tensor, v: Tensor) -> Tensor:
     values = torch.cat([half.repeat(1, 1, 2, 1) for half in v.chunk(2, 2)], -1)
     values = values.repeat_interleave(pattern.shape[1] // values.shape[2], 2)
     first, second = torch.einsum("bhqk,bkhd->bqhd", pattern, values).chunk(2, 2)
-    one, other = ((q * k).sum().exp() for q, k in (
+    plus, minus = ((q * k).sum().exp() for q, k in (
         (attention.lambda_q1, attention.lambda_k1), (attention.lambda_q2, attention.lambda_k2)
     ))  # fmt: skip
-    difference = first - (one - other + attention.lambda_init) * second
+    difference = first - (plus - minus + attention.lambda_init) * second
     normed: Tensor = (1 - attention.lambda_init) * attention.groupnorm(difference)
     return normed.reshape(*normed.shape[:2], -1, v.shape[-1])
 

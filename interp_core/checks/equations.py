@@ -309,8 +309,8 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
         yield _close(model, "rot_q", "gives the scores, with rot_k", rotated)._replace(others=("rot_k",))
     if (layers := both(atlas, "scores", "q", "k")) and not _normed(model):
         pairs = [_first_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
-        if not both(atlas, "rot_q") and not _close(model, "q", "", pairs).ok:  # nothing rotates; keys may have a bias
-            pairs = [_key_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
+        if not both(atlas, "rot_q") and not _close(model, "q", "", pairs).ok:  # nothing rotates; there may be a bias
+            pairs = [_unbiased_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
         for name in ("q", "k"):
             yield _close(model, name, "gives the scores of the first position", pairs)
 
@@ -400,12 +400,17 @@ def _first_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]
     return product * (actual.norm() / product.norm()), actual
 
 
-def _key_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """How far scores of the first key differ from those of the first query, by q and k and as they are, up to scale: a
-    bias by the key's position (ALiBi) drops out."""
-    product = torch.einsum("bqhd,bhd->bhq", q[:, 1:] - q[:, :1], k[:, 0].repeat_interleave(q.shape[2] // k.shape[2], 1))
-    actual = (scores[:, :, 1:, 0] - scores[:, :, :1, 0]).float()
-    return product.float() * (actual.norm() / product.float().norm()), actual
+def _unbiased_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """How neighbouring keys' difference changes from a query to the next, by q and k and as it is, up to scale: a bias
+    by how far a key lies behind, or by its position (ALiBi, MPNet), drops out."""
+    product = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2))
+
+    def changes(x: Tensor) -> Tensor:
+        steps = x[..., 1:].double() - x[..., :-1].double()
+        return (steps[..., 1:, 1:] - steps[..., :-1, :-1]).tril(-1)
+
+    by_hand, actual = changes(product), changes(scores)
+    return by_hand * (actual.norm() / by_hand.norm()), actual
 
 
 def _projected(model: Session, run: Run, layer: int, prefix: str) -> tuple[Tensor, Tensor]:

@@ -256,7 +256,7 @@ def opened(
     hook: AttentionHook,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    v: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None,
     dropout: float,
@@ -266,31 +266,31 @@ def opened(
     module: Any = hook.module
     stages, filled = hook.stages, hook.filled
     if filled is not None and key.shape[2] > filled:
-        key, value = key[:, :, :filled], value[:, :, :filled]
+        key, v = key[:, :, :filled], v[:, :, :filled]
     n_keys = key.shape[2]
     if "rot_q" in stages:
         query = stages["rot_q"](query, n_keys)
     if "rot_k" in stages:
         key = stages["rot_k"](key, n_keys)
     if "v" in stages:
-        value = stages["v"](value, n_keys)
+        v = stages["v"](v, n_keys)
     if hook.keep or hook.note is not None:
-        hook.record(query, key, value, attention_mask, {"scaling": scaling, **kwargs})
+        hook.record(query, key, v, attention_mask, {"scaling": scaling, **kwargs})
     if hook.kernel is not None and hook.prefix is None and not {"scores", "pattern"} & stages.keys():
         # Nothing looks inside, so the layer's own kernel goes on with what was read or edited.
         mask = None if attention_mask is None else attention_mask[..., :n_keys]
-        return hook.kernel(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        return hook.kernel(module, query, key, v, mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = scale_of(query, scaling)
     called = {"scaling": scale, "dropout": dropout, **kwargs}
     if hook.hides and hook.has_kernel:
-        return _hidden(hook, (query, key, value), attention_mask, called), None
+        return _hidden(hook, (query, key, v), attention_mask, called), None
     few: _Few | None = None
     if hook.queries is not None and filled in (None, n_keys):
-        few = _few(hook, hook.queries, (query, key, value), attention_mask, called)
+        few = _few(hook, hook.queries, (query, key, v), attention_mask, called)
         query, attention_mask, kwargs = few.query, few.mask, few.kwargs
     narrowed = hook.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
     if hook.prefix is not None and not (dropout or narrowed or _IN_ONE & {*stages, *kwargs}):
-        out = merged(hook.prefix, (query, key, value), attention_mask, called, module, hook.softmax_dtype)
+        out = merged(hook.prefix, (query, key, v), attention_mask, called, module, hook.softmax_dtype)
         return out.transpose(1, 2).contiguous(), None
     scores = masked(shaped(products(query, key) * scale, kwargs), attention_mask, kwargs, module)
     if hook.prefix is not None:
@@ -308,7 +308,7 @@ def opened(
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout, module.training)
     split = 0 if hook.prefix is None else n_keys - key.shape[2]
-    out = mixed(pattern[..., split:], value)
+    out = mixed(pattern[..., split:], v)
     if split:  # two products, not one: shared values are there once, and a row's own beside them for each row
         out = mixed(pattern[..., :split], values) + out
     out = out.transpose(1, 2).contiguous()

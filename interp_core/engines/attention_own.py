@@ -186,9 +186,9 @@ class OwnAttention(AttentionHook):
         """All of attention in one call, by steps that the plan can look between."""
         self.softmaxes += 1
         said = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
-        query, key, value, mask = (said.pop(name, None) for name in ("query", "key", "value", "attn_mask"))
+        query, key, v, mask = (said.pop(name, None) for name in ("query", "key", "value", "attn_mask"))
         dropout, scaling = said.pop("dropout_p", 0.0), said.pop("scale", None)
-        out, _ = opened(self, query, key, value, mask, scaling, dropout, **said)
+        out, _ = opened(self, query, key, v, mask, scaling, dropout, **said)
         return out.transpose(1, 2)
 
 
@@ -196,7 +196,7 @@ def _kernel(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    v: Tensor,
     mask: Tensor | None,
     *,
     scaling: float | None = None,
@@ -207,7 +207,7 @@ def _kernel(
 ) -> tuple[Tensor, None]:
     """The kernel of such modules, as one of transformers' attention functions."""
     out = nn.functional.scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal and mask is None, scale=scaling, enable_gqa=enable_gqa
+        query, key, v, mask, dropout, is_causal and mask is None, scale=scaling, enable_gqa=enable_gqa
     )
     return out.transpose(1, 2), None
 
