@@ -277,7 +277,7 @@ class CompiledPlan(PlanView):
         entries = [slot.entry for slot in self.program.slots]
         entries += [entry for edit in self.edits for entry in self.model.atlas.select(edit.site)]
         for entry in entries:
-            if any(point and point.side == "attention" and point.part in (*KEYED, "scores", "pattern")
+            if any(point and point.inside and point.part in (*KEYED, "scores", "pattern")
                    for point in (entry.read, entry.write)):  # fmt: skip
                 raise CapabilityError(f"{entry.name} has keys of the {CACHE} handed in; run the whole text without it")
 

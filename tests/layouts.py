@@ -33,11 +33,10 @@ LAYOUT: dict[str, dict[str, str]] = {
     "gpt2": _GPT | {"qkv": "attn.c_attn", "o": "attn.c_proj", "down": "mlp.c_proj", "mid": "ln_2"},
     "gptj": _GPT | {
         "q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj", "o": "attn.out_proj", "down": "mlp.fc_out",
-        "pattern": "attn.attn_dropout",
     },
     "gpt_neo": _GPT | {
         "q": "attn.attention.q_proj", "k": "attn.attention.k_proj", "v": "attn.attention.v_proj",
-        "o": "attn.attention.out_proj", "down": "mlp.c_proj", "mid": "ln_2", "pattern": "attn.attention.attn_dropout",
+        "o": "attn.attention.out_proj", "down": "mlp.c_proj", "mid": "ln_2",
     },
     "gpt_neox": {
         "embed": "gpt_neox.embed_in", "blocks": "gpt_neox.layers", "norm": "gpt_neox.final_layer_norm",
@@ -74,8 +73,8 @@ LAYOUT: dict[str, dict[str, str]] = {
 
 LACKS: dict[str, set[str]] = {
     "gpt2": {"rot_q", "rot_k"},
-    "gptj": {"rot_q", "rot_k", "scores", "resid_mid"},
-    "gpt_neo": {"rot_q", "rot_k", "scores"},
+    "gptj": {"resid_mid"},
+    "gpt_neo": {"rot_q", "rot_k"},
     "gpt_neox": {"resid_mid"},
     "opt": {"rot_q", "rot_k"},
     "deepseek_v3": {"k"},
@@ -83,9 +82,6 @@ LACKS: dict[str, set[str]] = {
 """What a family does not have, beside routers in dense families."""
 OWN_ATTENTION = {"gpt_neo"} if hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS") else {"gpt_neo", "gptj"}
 """Families that compute attention by themselves, GPT-J until transformers 5.24."""
-if "gptj" not in OWN_ATTENTION:
-    LACKS["gptj"] = {"resid_mid"}
-    del LAYOUT["gptj"]["pattern"]
 DENSE = {
     "qwen2_moe": [0], "qwen3_moe": [1], "deepseek_v3": [0], "glm4_moe": [0], "llama4": [1], "qwen3_next": [1],
     "qwen3_vl_moe": [1], "mixtral": [], "olmoe": [], "gpt_oss": [], "granitemoe": [], "qwen3_5_moe": [],

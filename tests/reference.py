@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from hybrid_layouts import ADDED, BESIDE, CALLED_ALIKE, FACTORS, KEPT, STATES
+from layouts import OWN_ATTENTION
+from own_attention import OWN, by_hand
 from routed import route
 from torch import Tensor, nn
 from type_layouts import (
@@ -54,6 +56,8 @@ class Reference:
         settings = config.to_dict()
         self.n_heads = getattr(config, "num_attention_heads", 1)  # Mamba has none
         self.n_kv = 1 if settings.get("multi_query") else settings.get("num_key_value_heads") or self.n_heads
+        if settings.get("new_decoder_architecture"):
+            self.n_kv = settings["num_kv_heads"]
         said = settings.get("v_head_dim") or settings.get("head_dim") or settings.get("attention_head_dim")
         self.d_head = said or config.hidden_size // self.n_heads
         self.d_key = settings["head_dim"] if self.family == "mimo_v2_flash" else self.d_head
@@ -131,6 +135,12 @@ class Reference:
         if self.family == "codegen":  # four parts, each with queries, values and keys
             return x.reshape(b, s, 4, 3, -1)[:, :, :, "qvk".index(part)].reshape(b, s, -1, self.d_head)
         index = "qkv".index(part)
+        if self.family == "falcon":  # per key-value head its queries, its key and its value
+            return (
+                x.unflatten(-1, (self.n_kv, -1, self.d_head))
+                .split([self.n_heads // self.n_kv, 1, 1], 3)[index]
+                .flatten(2, 3)
+            )
         if self.family in PER_HEAD:
             return x.reshape(b, s, self.n_heads, 3, self.d_head)[:, :, :, index]
         sizes = [self.n_heads * self.d_head, self.n_kv * self.d_head, self.n_kv * self.d_head]
@@ -153,6 +163,8 @@ class Reference:
         parts = {name: new if name == part else self.split(x, name) for name in "qkv"}
         if self.family == "codegen":
             return torch.stack([parts[name].reshape(b, s, 4, -1) for name in "qvk"], 3).reshape(x.shape)
+        if self.family == "falcon":
+            return torch.cat([parts[name].unflatten(2, (self.n_kv, -1)) for name in "qkv"], 3).reshape(x.shape)
         if self.family in PER_HEAD:
             return torch.stack([parts[name] for name in "qkv"], 3).reshape(x.shape)
         return torch.cat([parts[name].flatten(2) for name in "qkv"], -1)
@@ -170,10 +182,10 @@ class Reference:
         heads = (self.n_heads, self.d_head)
         if site == "v" and self.family in MIXED_VALUES:
             return self._attention(layer, site, fn)
-        if site in ATTENTION and not (site == "pattern" and "pattern" in self.layout):
+        if site in ATTENTION and self.family in OWN and (self.family != "gptj" or "gptj" in OWN_ATTENTION):
+            return by_hand(self, layer, site, fn)
+        if site in ATTENTION:
             return self._attention(layer, site, fn)
-        if site == "pattern":
-            return _output(self.module("pattern", layer), fn)
         if site in ("embed", "final_norm"):
             return _output(self.hf.get_submodule(self.layout["embed" if site == "embed" else "norm"]), fn)
         if site == "logits":

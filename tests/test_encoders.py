@@ -45,7 +45,6 @@ FAST = (
     "MPNetForMaskedLM", "ModernBertForMaskedLM",
 )  # fmt: skip
 """Of each way to attend and to norm one."""
-WITHOUT_PATTERN = ("mvp", "trocr", "xglm")
 EVERY = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in (*DECODERS, *ENCODERS)]
 HEADS = ("q", "k", "v", "z", "head_out", "attn_in", "attn_out", "mlp_in", "mlp_act", "resid_mid", "embed")
 
@@ -68,14 +67,10 @@ def test_patterns_and_streams_are_those_that_transformers_gives(name: str, ids: 
         said = model.hf(ids, output_attentions=True, output_hidden_states=True)
     lacking = {name for name in HEADS if not model.layers(name)}
     assert lacking == set() and bool(model.layers("mlp_out")) == ("xmod" not in name.lower())
-    run = model.run(ids, read=[S.resid_pre, *([] if name in WITHOUT_PATTERN else [S.pattern])])
+    run = model.run(ids, read=[S.resid_pre, S.pattern])
     for layer in range(model.n_layers):
         close(run[S.resid_pre[layer]], said.hidden_states[layer])
-        if name not in WITHOUT_PATTERN:
-            close(run[S.pattern[layer]], said.attentions[layer])
-    if name in WITHOUT_PATTERN:
-        with pytest.raises(ic.CapabilityError, match="computes attention by itself"):
-            model.run(ids, read=S.pattern)
+        close(run[S.pattern[layer]], said.attentions[layer])
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -23,7 +23,7 @@ _ROTARY = dict.fromkeys(("rot_q", "rot_k"), "all")
 _DELEGATED = _ROTARY | {"scores": "all", "pattern": "write"}  # attention is the model's own module, hooked afterwards
 _GATED = {"q": "all", "mixer_gate": "all"}
 REFUSED = {
-    "gpt_neox": _ROTARY, "phi3": _ROTARY, "gptj": {"pattern": "write"} if "gptj" in OWN_ATTENTION else _DELEGATED, "gpt_neo": {"pattern": "write"},
+    "gpt_neox": _ROTARY, "phi3": _ROTARY, "gptj": {"pattern": "write"} if "gptj" in OWN_ATTENTION else _DELEGATED, "gpt_neo": {"scores": "all", "pattern": "write"},
     "opt": {"scores": "all", "pattern": "write"}, "granitemoe": _ROUTERS | {"embed": "all"},
     "deepseek_v3": _ROUTERS | _ROTARY | {"q": "all", "v": "all"}, "llama4": _ROUTERS | _DELEGATED | {"mlp_out": "all"},
     "qwen3_next": _ROUTERS | {"q": "all"}, "qwen3_5": _GATED, "qwen3_5_vision": _GATED, "qwen3_5_moe": _ROUTERS | _GATED,

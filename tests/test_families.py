@@ -154,8 +154,8 @@ def test_llama4_with_tuned_temperature(ids: torch.Tensor) -> None:
 def test_gpt_neo_looks_back_a_short_way(ids: torch.Tensor) -> None:
     pattern = tiny_model("gpt_neo").run(ids, read=S.pattern)[S.pattern]
     assert not pattern[1][..., 6, :3].any() and pattern[0][..., 6, :3].all()
-    with pytest.raises(ic.CapabilityError, match="scores cross no module boundary"):
-        tiny_model("gpt_neo").run(ids, read=S.scores)
+    scores = tiny_model("gpt_neo").run(ids, read=S.scores)[S.scores]
+    assert (scores[1][..., 6, :3] < -1e30).all() and (scores[0][..., 6, :3].abs() < 1e3).all()
 
 
 def test_a_wrapped_model_is_read_like_its_language_model(ids: torch.Tensor) -> None:
@@ -230,7 +230,6 @@ def test_what_is_missing_for_a_family_is_told(monkeypatch: pytest.MonkeyPatch) -
         (Family("llama", paths={"blocks": "model.layer"}), "blocks is at 'model.layer'.* 'model.layers'"),
         (Family("llama", paths={"ln_final": "model.nrom"}), "ln_final is at 'model.nrom'.* 'model.norm'"),
         (Family("llama", places={"mlp_act": Place("mlp.down", "in")}), "mlp_act is at 'mlp.down'.* 'mlp.down_proj'"),
-        (Family("gpt_neo", pattern="attn.attention.dropout"), "pattern is at .* 'attn.attention.attn_dropout'"),
         (Family("qwen3_moe", router=Router("mlp.gat", "mlp.experts", TopKOfLogits())), "the router is at 'mlp.gat'.* 'mlp.gate'"),
         (Family("qwen3_moe", router=Router("mlp.rout", "mlp.expert", TopKOfLogits())), "the router is at 'mlp.rout'"),
     ],

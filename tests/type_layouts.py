@@ -151,7 +151,7 @@ LAYOUT: dict[str, dict[str, str]] = {
     "gpt-sw3": GPT,
     "gpt_bigcode": GPT,
     "gpt_neox_japanese": {
-        "pattern": "attention.attention_dropout", "embed": "gpt_neox_japanese.embed_in", "blocks": "gpt_neox_japanese.layers",
+        "embed": "gpt_neox_japanese.embed_in", "blocks": "gpt_neox_japanese.layers",
         "norm": "gpt_neox_japanese.final_layer_norm", **NEOX, "mid": "post_attention_layernorm",
     },
     "hyperclovax": LLAMA | {"attn_out": "post_norm1", "mlp_out": "post_norm2"},
@@ -210,24 +210,22 @@ LAYOUT: dict[str, dict[str, str]] = {
     "HyperCLOVAXVisionV2ForConditionalGeneration": inside(LLAMA, "model.language_model")
     | {"attn_out": "post_norm1", "mlp_out": "post_norm2"},
     **{name: encoder(model) for name, model in BERTS.items()},
-    **{
-        name: encoder(BERTS[name], BERT | {"pattern": "attention.self.dropout"})
-        for name in ("big_bird", "rembert", "roformer")
-    },
     "xmod": encoder("roberta", BERT | {"mid_out": "attention"}),
     "roberta-prelayernorm": encoder("roberta_prelayernorm", PRE),
     "xlm-roberta-xl": encoder("roberta", PRE | {"mid": "LayerNorm", "mlp": "intermediate.dense"}),
-    "megatron-bert": encoder("bert", PRE | {"mid": "ln", "pattern": "attention.self.dropout"}),
+    "megatron-bert": encoder("bert", PRE | {"mid": "ln"}),
     **dict.fromkeys(NORMED, decoder("model.decoder", BART | {"mid_out": "self_attn_layer_norm"})),
     **dict.fromkeys(PRENORMED, decoder("model.decoder", BART | {"mid": "final_layer_norm"})),
     "bigbird_pegasus": decoder("model.decoder", BART | {"mid": "final_layer_norm"})
     | {"norm": "model.decoder.layernorm_embedding"},
     "xglm": decoder("model", BART | {"mid": "final_layer_norm"}),
     "biogpt": decoder("biogpt", BART | {"mid": "final_layer_norm"}),
+    **dict.fromkeys(("git", "GitForCausalLM"), encoder("git")),
+    "openai-gpt": GPT | {"embed": "transformer.tokens_embed", "norm": "", "mid_out": "ln_1"},
     "bloom": GPT
     | {"embed": "transformer.word_embeddings", "attn": "self_attention", "qkv": "self_attention.query_key_value"}
     | {"o": "self_attention.dense", "down": "mlp.dense_4h_to_h", "mid": "post_attention_layernorm"}
-    | {"attn_out": "self_attention.dense", "mlp_out": "mlp.dense_4h_to_h", "pattern": "self_attention.attention_dropout"},
+    | {"attn_out": "self_attention.dense", "mlp_out": "mlp.dense_4h_to_h"},
     "mpt": {
         "embed": "transformer.wte", "blocks": "transformer.blocks", "norm": "transformer.norm_f", "attn": "attn",
         "qkv": "attn.Wqkv", "o": "attn.out_proj", "mlp": "ffn", "down": "ffn.down_proj", "mid": "norm_2",
@@ -292,9 +290,8 @@ LACKS: dict[str, set[str]] = {
     "llama4_text": {"mlp_act"},
     "qwen3_5_moe_text": {"mlp_act"},
     **{family: {"rot_q", "rot_k"} for family in ("gpt-sw3", "gpt_bigcode")},
-    "gpt_neox_japanese": {"rot_q", "rot_k", "scores"},
-    "falcon": {"rot_q", "rot_k", "scores", "pattern", "resid_mid"},
-    "codegen": {"resid_mid", "q", "k"},
+    "falcon": {"resid_mid"},
+    "codegen": {"resid_mid"},
     "dbrx": {"mlp_act"},
     **{name: {"mlp_act"} for name in NO_DENSE_AROUND},
     **{name: {"resid_mid"} for name in PARALLEL_AROUND},
@@ -305,13 +302,12 @@ LACKS: dict[str, set[str]] = {
     "ctrl": {"rot_q", "rot_k"},
     **{name: {"rot_q", "rot_k", "final_norm"} for name in (*BERTS, *NORMED, "roberta-prelayernorm", "xlm-roberta-xl")},
     "xmod": {"rot_q", "rot_k", "final_norm", "mlp_out"},
-    "megatron-bert": {"rot_q", "rot_k", "scores", "final_norm"},
+    "megatron-bert": {"rot_q", "rot_k", "final_norm"},
+    "roformer": {"final_norm"},
     **{name: {"rot_q", "rot_k"} for name in (*PRENORMED, "xglm", "biogpt")},
-    **{name: {"rot_q", "rot_k", "scores", "final_norm"} for name in ("big_bird", "rembert", "roformer")},
-    **{name: {"rot_q", "rot_k", "scores", "pattern", "final_norm"} for name in ("mvp", "trocr")},
     "bigbird_pegasus": {"rot_q", "rot_k"},
-    "bloom": {"rot_q", "rot_k", "scores"},
-    "mpt": {"rot_q", "rot_k", "scores", "pattern"},
+    **{name: {"rot_q", "rot_k"} for name in ("bloom", "mpt")},
+    **{name: {"rot_q", "rot_k", "final_norm"} for name in ("git", "GitForCausalLM", "openai-gpt")},
 }
 """What a type does not have, or what no hook here is written for."""
 LINEAR = (

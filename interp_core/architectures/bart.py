@@ -19,9 +19,6 @@ NORMED = {
     "final_norm": "the last block norms the stream itself: resid_post of the last layer is what the unembedding reads"
 }  # fmt: skip
 NO_ROTARY = dict.fromkeys(("rot_q", "rot_k"), "its positions are embeddings, no rotary ones; read q and k")
-_OWN_ATTENTION = dict.fromkeys(
-    ("scores", "pattern"), "it computes attention by itself, in which neither scores nor probabilities cross a module"
-)
 
 
 def join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
@@ -47,9 +44,9 @@ BLENDERBOT = _normed_before("blenderbot")
 BLENDERBOT_SMALL = _normed_after("blenderbot-small")
 MARIAN = _normed_after("marian")
 MBART = _normed_before("mbart")
-MVP = _normed_after("mvp", unseen=_OWN_ATTENTION)
+MVP = _normed_after("mvp")
 PEGASUS = _normed_before("pegasus")
 PLBART = _normed_after("plbart")
-TROCR = _normed_after("trocr", unseen=_OWN_ATTENTION)
+TROCR = _normed_after("trocr")
 WHISPER = _normed_before("whisper")
-XGLM = _normed_before("xglm", unseen=_OWN_ATTENTION)
+XGLM = _normed_before("xglm")

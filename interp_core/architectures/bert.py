@@ -3,7 +3,7 @@ the last projections in these give.
 
 Most norm the stream after each sum, in these modules: `resid_mid` and `resid_post` are the normed sums there. Those of
 `_normed_before` norm what attention and MLP read, as GPT does. Attention is called inside the attention module, in
-`self`; what computes it by itself shows its pattern at a dropout there.
+`self`.
 
 Between the last stream and the unembedding lie a dense layer, an activation and a norm, so there is no final norm of
 the stream and no readout.
@@ -34,10 +34,7 @@ PLACES = {
     "mlp_act": Place("output.dense", "in"),
     "mlp_out": Place("output.dense", "out"),
 }
-PATTERN = "attention.self.dropout"
-UNSEEN = {"scores": "it computes attention by itself, and scores cross no module boundary; read pattern"}
 GIT_PATHS = {"blocks": "git.encoder.layer", "embed": "git.embeddings.word_embeddings"}
-_ROTARY = dict.fromkeys(("rot_q", "rot_k"), "it computes attention by itself, and what is rotated crosses no module")
 HEAD = "a dense layer, an activation and a norm lie between the last stream and the unembedding"
 NO_READOUT = {"readout": HEAD, "final_norm": f"{HEAD}: no norm of the stream is what that reads"}
 _ADAPTED = {"mlp_out": "an adapter of the language reads the sum of the stream and what the MLP gives; read resid_post"}
@@ -63,8 +60,7 @@ def _normed_after(name: str, **more: Any) -> Family:
 
 
 def _normed_before(name: str, **more: Any) -> Family:
-    says = {"refuse": NO_ROTARY | NO_READOUT, "paths": PATHS, "unseen": UNSEEN, **more}
-    return Family(name, places=PLACES, pattern=PATTERN, **says)
+    return Family(name, places=PLACES, **{"refuse": NO_ROTARY | NO_READOUT, "paths": PATHS, **more})
 
 
 FAMILY = _normed_after("bert")
@@ -87,7 +83,7 @@ REMBERT = _normed_after("rembert")
 ROBERTA = _normed_after("roberta")
 ROBERTA_PRELAYERNORM = _normed_before("roberta-prelayernorm")
 ROC_BERT = _normed_after("roc_bert")
-ROFORMER = _normed_after("roformer", refuse=_ROTARY | NO_READOUT)
+ROFORMER = _normed_after("roformer", refuse=NO_READOUT)
 TAPAS = _normed_after("tapas")
 XLM_ROBERTA = _normed_after("xlm-roberta")
 XLM_ROBERTA_XL = _normed_before("xlm-roberta-xl")

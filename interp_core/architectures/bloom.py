@@ -12,10 +12,9 @@ from torch import Tensor
 
 from .family import Family, Place, fused_blocks, fused_per_head
 
-_NO_ROTARY = dict.fromkeys(
+NO_ROTARY = dict.fromkeys(
     ("rot_q", "rot_k"), "its positions are a bias on the scores, no rotary embedding; read q and k"
 )
-_OWN_ATTENTION = {"scores": "attention is its own, and scores cross no module boundary"}
 
 
 def join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
@@ -28,16 +27,13 @@ def join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
 FAMILY = Family(
     "bloom",
     fused=fused_per_head,
-    pattern="self_attention.attention_dropout",
     places={"attn_out": Place("self_attention.dense", "out"), "mlp_out": Place("mlp.dense_4h_to_h", "out")},
     join=join,
-    refuse=_NO_ROTARY | _OWN_ATTENTION,
+    refuse=NO_ROTARY,
 )
 MPT = Family(
     "mpt",
     fused=fused_blocks,
     places={"mlp_out": Place("ffn.down_proj", "out")},
-    refuse=_NO_ROTARY
-    | _OWN_ATTENTION
-    | {"pattern": "attention is its own, and its pattern crosses no module boundary"},
+    refuse=NO_ROTARY,
 )

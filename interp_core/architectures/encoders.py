@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .bart import NO_ROTARY
-from .bert import NO_READOUT, PLACES, UNSEEN
+from .bert import NO_READOUT, PLACES
 from .family import Family, Join, Place, fused_blocks
 
 
@@ -77,8 +77,6 @@ MPNET = Family(
     },
     places={**PLACES, "attn_in": Place("attention.attn", "in"), "attn_out": Place("attention.attn.o", "out")},
     join=_norms("attention.LayerNorm", "output.LayerNorm"),
-    pattern="attention.attn.dropout",
-    unseen=UNSEEN,
     refuse=NO_ROTARY | NO_READOUT,
 )  # fmt: skip
 NOMIC = _rotated("nomic_bert", "down_proj")

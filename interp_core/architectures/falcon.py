@@ -8,7 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .family import Family, Heads, View, split_heads
+import torch
+from torch import Tensor
+
+from .bloom import NO_ROTARY
+from .family import Arrangement, Family, Heads, View, fused_blocks, fused_per_head
 
 
 def parallel(config: Any) -> bool:
@@ -17,28 +21,38 @@ def parallel(config: Any) -> bool:
 
 
 def fused_groups(heads: Heads, part: str) -> View:
-    """The queries of a key-value head, then its key, then its value."""
-    n = heads.n_heads // heads.n_kv_heads
-    if heads.n_kv_heads == 1:
-        split, at = split_heads(n + 2, heads.d_head), {"q": slice(n), "k": slice(n, n + 1), "v": slice(n + 1, n + 2)}
-        return lambda x: split(x)[:, :, at[part]]
-    split, start = split_heads(heads.n_kv_heads, (n + 2) * heads.d_head), n + "qkv".index(part) - 1
-    return lambda x: split(x)[..., start * heads.d_head : (start + 1) * heads.d_head]
+    """The query of each head, its key and its value; or all queries, all keys and all values."""
+    return (fused_per_head if heads.n_heads == heads.n_kv_heads else fused_blocks)(heads, part)
+
+
+def arranged(heads: Heads) -> Arrangement | None:
+    """All queries, then all keys, then all values; where several key-value heads have several queries each."""
+    kv, n, d = heads.n_kv_heads, heads.n_heads // heads.n_kv_heads, heads.d_head
+    if 1 in (kv, n):
+        return None
+
+    def into(x: Tensor) -> Tensor:
+        queries, keys, values = x.unflatten(-1, (kv, n + 2, d)).split([n, 1, 1], -2)
+        return torch.cat([queries.flatten(-3), keys.flatten(-3), values.flatten(-3)], -1)
+
+    def back(x: Tensor) -> Tensor:
+        queries, rest = x.split([kv * n * d, 2 * kv * d], -1)
+        keys, values = rest.unflatten(-1, (2, kv, 1, d)).unbind(-4)
+        return torch.cat([queries.unflatten(-1, (kv, n, d)), keys, values], -2).flatten(-3)
+
+    return Arrangement(into, back)
 
 
 def refused(config: Any) -> Mapping[str, str]:
-    """Queries of several groups cannot be seen as heads without a copy."""
-    if config.new_decoder_architecture and 1 < config.num_kv_heads < config.num_attention_heads:
-        return {"q": "queries of a key-value head lie between keys and values, so heads are no view of the projection"}
-    return {}
+    """Where positions are a bias, nothing rotates."""
+    return NO_ROTARY if config.alibi else {}
 
 
-OWN = "attention is its own, and they cross no module boundary"
 FAMILY = Family(
     "falcon",
     paths={"blocks.ln2": "post_attention_layernorm"},
     parallel=parallel,
     fused=fused_groups,
+    arranged=arranged,
     refuse_if=refused,
-    unseen=dict.fromkeys(("rot_q", "rot_k", "scores", "pattern"), OWN),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,6 +21,13 @@ View = Callable[[Tensor], Tensor]
 Join = Callable[[nn.Module, str, Tensor, Tensor], Tensor]
 """How a block goes on, of the block, the site of the stream that follows (`resid_mid` or `resid_post`), the stream
 before it, and what is added."""
+
+
+class Arrangement(NamedTuple):
+    """Another order of the features of a projection, in which its heads are a view: the way there, and back."""
+
+    into: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,8 @@ class Family:
             it ends with `|`: not all models of the family have it.
         varied: paths that not all blocks share, given the block ("" for none).
         fused: how `blocks.attn.qkv` splits.
+        arranged: another order of that projection's features, given the heads, where no view of it has them as heads;
+            then `fused` splits what is in that order. None for models that need none.
         views: how the projections of single parts (`q`, `k`, `v`) split, where they hold more than that part.
         heads: head counts of a layer, given its attention module and the counts by its weights.
         inside: of `q`, `k`, `v` those that are read inside attention, for families where no module gives them.
@@ -119,11 +128,12 @@ class Family:
         added: factors by which the block multiplies what mixer and MLP give before it adds them to the stream, by site
             (`attn_out`, `mlp_out`, and `beside` for a module beside these), given the block.
         join: how the block goes on from the stream and what is added to it, where that is not their sum.
+        mixed: what attention makes of pattern and values (`z`), given its module and both, where that is more than
+            their product.
+        calls: how often a layer calls attention, with the same queries and keys, for parts of the values.
+        summed: where the stream passes with the MLP's part added, in blocks that go on to change it.
         parallel: whether attention and MLP read the same residual, given the config.
         router: where blocks have one.
-        pattern: module in the block whose output is the attention pattern, where the installed version's module does
-            not go through transformers' attention interface.
-        unseen: sites that cross no module boundary there, with the reason.
         refuse: sites that the family cannot give, with the reason.
         refuse_if: sites that models with some configs cannot give, with the reason, given the config.
         grid: which pixels each visual token stands for.
@@ -144,6 +154,7 @@ class Family:
     paths: Mapping[str, str] = field(default_factory=dict)
     varied: Callable[[Any], Mapping[str, str]] | None = None
     fused: Fused | None = None
+    arranged: Callable[[Heads], Arrangement | None] | None = None
     views: Mapping[str, Fused] = field(default_factory=dict)
     heads: Callable[[Any, Heads], Heads] | None = None
     inside: tuple[str, ...] = ()
@@ -151,10 +162,11 @@ class Family:
     places: Mapping[str, Place] | Callable[[Any], Mapping[str, Place]] = field(default_factory=dict)
     added: Callable[[Any], Mapping[str, float | Tensor]] | None = None
     join: Join | None = None
+    summed: Place | None = None
+    mixed: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    calls: int = 1
     parallel: Callable[[Any], bool] | None = None
     router: Router | None = None
-    pattern: str | None = None
-    unseen: Mapping[str, str] = field(default_factory=dict)
     refuse: Mapping[str, str] = field(default_factory=dict)
     refuse_if: Callable[[Any], Mapping[str, str]] | None = None
     grid: Grid | None = None

@@ -3,6 +3,9 @@
 The router's module keeps its logits to itself and gives probabilities: `router_logits` are their logarithms, which are
 the logits up to a constant per token, and minus infinity where a probability is zero in float32.
 
+A block may go on with what it makes of a token's embedding for this layer, gated by the stream after the MLP; in that
+stream `mlp_out` is added. At the very end it multiplies the whole stream.
+
 Values are normed before they are mixed, in Gemma 3n and the unified Gemma 4 too: `v` is read inside attention.
 """
 
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Family
+from .family import Family, Place
 from .routing import Router
 from .scored import Beside, Scored
 
@@ -49,6 +52,14 @@ class ProbabilityRouter(Router):
         return super().returned(output, probabilities, weights, chosen)
 
 
-FAMILY = Family("gemma4", inside=("v",), router=ProbabilityRouter("router", "experts", ScaledByExpert()))
-UNIFIED = Family("gemma4_unified", inside=("v",))
+def join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """Blocks end with a factor on the whole stream."""
+    return (before + added) * block.layer_scalar if site == "resid_post" else before + added
+
+
+SUMMED = Place("per_layer_input_gate", "in")
+FAMILY = Family(
+    "gemma4", inside=("v",), router=ProbabilityRouter("router", "experts", ScaledByExpert()), join=join, summed=SUMMED
+)
+UNIFIED = Family("gemma4_unified", inside=("v",), join=join)
 GEMMA3N = Family("gemma3n", inside=("v",))

@@ -6,7 +6,5 @@ _NO_ROTARY = "GPT-Neo has learnt position embeddings, no rotary ones; read q and
 
 FAMILY = Family(
     "gpt_neo",
-    pattern="attn.attention.attn_dropout",
     refuse={"rot_q": _NO_ROTARY, "rot_k": _NO_ROTARY},
-    unseen={"scores": "GPT-Neo does not use transformers' attention interface, and scores cross no module boundary"},
 )

@@ -6,11 +6,6 @@ GPT-NeoX-Japanese and Persimmon (Fuyu's language model) have that projection in 
 from .family import Family, fused_per_head
 
 FAMILY = Family("gpt_neox", fused=fused_per_head, parallel=lambda config: bool(config.use_parallel_residual))
-JAPANESE = Family(
-    "gpt_neox_japanese",
-    fused=fused_per_head,
-    pattern="attention.attention_dropout",
-    unseen=dict.fromkeys(("rot_q", "rot_k", "scores"), "attention is its own, and they cross no module boundary"),
-)
+JAPANESE = Family("gpt_neox_japanese", fused=fused_per_head)
 PERSIMMON = Family("persimmon", fused=fused_per_head)
 FUYU = Family("fuyu", fused=fused_per_head)

@@ -1,20 +1,18 @@
-"""GPT-J computed attention by itself before transformers 5.24: only its probabilities had a module boundary (their
-dropout). CodeGen's one projection lies in four parts, each with queries, values and keys of a quarter of the heads."""
+"""GPT-J, and CodeGen, whose one projection lies in four parts, each with queries, values and keys of a quarter of the
+heads."""
 
-from .family import Family
+from .family import Arrangement, Family, Heads, View, fused_blocks
 
-_OWN_ATTENTION = "GPT-J does not use transformers' attention interface, and this tensor crosses no module boundary"
-
-FAMILY = Family(
-    "gptj",
-    parallel=lambda config: True,
-    pattern="attn.attn_dropout",
-    unseen=dict.fromkeys(("rot_q", "rot_k", "scores"), f"{_OWN_ATTENTION}; from transformers 5.24 on it does"),
+FAMILY = Family("gptj", parallel=lambda config: True)
+_PARTS = Arrangement(
+    lambda x: x.unflatten(-1, (4, 3, -1)).transpose(-3, -2).flatten(-3),
+    lambda x: x.unflatten(-1, (3, 4, -1)).transpose(-3, -2).flatten(-3),
 )
-_IN_PARTS = "they lie in four parts of one projection, so heads are no view of it"
-CODEGEN = Family(
-    "codegen",
-    parallel=lambda config: True,
-    inside=("v",),
-    refuse={"q": f"{_IN_PARTS}; rot_q has them rotated", "k": f"{_IN_PARTS}; rot_k has them rotated"},
-)
+
+
+def fused_parts(heads: Heads, part: str) -> View:
+    """All queries, then all values, then all keys."""
+    return fused_blocks(heads, {"q": "q", "v": "k", "k": "v"}[part])
+
+
+CODEGEN = Family("codegen", parallel=lambda config: True, fused=fused_parts, arranged=lambda heads: _PARTS)

@@ -10,20 +10,23 @@ the value (`get`) and put a change of it back (`put`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import CodeType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CapabilityError
-from .family import View
+from .family import Arrangement, View
 from .parameters import matrix
 from .rerouting import Proof, Routed, Taken
 from .routing import Router
 
-Side = Literal["in", "out", "attention"]
+Side = Literal["in", "out", "attention", "own"]
+INSIDE = ("attention", "own")
+"""Sides that are inside attention: of transformers' attention interface, or of a module that computes it by itself."""
 
 
 class Call:
@@ -112,12 +115,14 @@ class Layout:
         images: it passes a vision tower, in which the patches of all images follow each other, as `[patch d]` or
             `[tile patch d]`.
         shards: how an axis is shared out between processes, see `shards.py`.
+        arranged: the order of the features.
     """
 
     flat: bool = False
     factor: float | Tensor = 1.0
     images: bool = False
     shards: Sharded | None = None
+    arranged: Arrangement | None = None
 
     @property
     def scaled(self) -> bool:
@@ -140,10 +145,12 @@ class Layout:
                 )
             x = x.reshape(1, -1, x.shape[-1])
         x = x.reshape(*shape, *x.shape[1:]) if self.flat else x
+        x = x if self.arranged is None else self.arranged.into(x)
         return x * self.factor if self.scaled else x
 
     def leave(self, x: Tensor, like: Tensor) -> Tensor:
         """The site's tensor as the module has to pass it on, in the place of `like`."""
+        x = x if self.arranged is None else self.arranged.back(x)
         x = x if self.shards is None else self.shards.own(x)
         x = x.reshape(like.shape)
         if not self.scaled:
@@ -168,7 +175,8 @@ class HookPoint:
 
     Attributes:
         module: dotted path in the model ("" is the model).
-        side: its input (the first, or that named `part`), its output, or inside its attention function, at `part`.
+        side: its input (the first, or that named `part`), its output, or inside its attention, at `part`: the attention
+            function that it calls, or its own.
         view: the first tensor in the site's axes (None: as it is). Views can be read, edited and differentiated.
         get: a derived value instead, of the call and, where `partial`, the wanted units (None: all).
         put: `(call, old, new)`: make the derived value's change act.
@@ -176,6 +184,7 @@ class HookPoint:
         needs: hook points whose first tensors `get` and `put` use; they lie before this one.
         rank: order among hook points at the same place.
         routed: how experts are banned, forced and weighed there, for sites of a router.
+        calls: inside attention, how often a layer comes by with the same tensor.
         layout: how the tensor passes, where that is not as the site has it; one for all hook points of a module's side.
     """
 
@@ -190,6 +199,17 @@ class HookPoint:
     rank: int = 0
     routed: Routed | None = None
     layout: Layout | None = None
+    calls: int = 1
+
+    @property
+    def inside(self) -> bool:
+        """Whether it lies inside attention, where there is no module to hook."""
+        return self.side in INSIDE
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether attention there can take keys and values of columns that a pass does not compute."""
+        return self.side == "attention" and self.calls == 1
 
 
 KEYED = ("rot_k", "v")
@@ -374,3 +394,25 @@ def attending(path: str, attention: nn.Module) -> str:
     `self`); "" where there is none."""
     inside = [name for name, module in attention.named_modules(prefix=path) if uses_interface(module)]
     return inside[0] if inside[:1] == [path] or len(inside) == 1 else ""
+
+
+def own_code(kind: type) -> Iterator[CodeType]:
+    """The code of a module class's own methods, and those that it inherits from other models' classes."""
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] not in ("torch", "builtins"):
+            for member in vars(base).values():
+                function = inspect.unwrap(member) if inspect.isfunction(member) else getattr(member, "__func__", None)
+                if (code := getattr(function, "__code__", None)) is not None:
+                    yield code
+
+
+def computing(path: str, attention: nn.Module) -> str:
+    """Path of the module whose own code computes attention's softmax: attention itself, or the only one inside it that
+    does; "" where there is none."""
+    names = {"softmax", "scaled_dot_product_attention"}
+    inside = [
+        name
+        for name, module in attention.named_modules(prefix=path)
+        if any(names & {*code.co_names} for code in own_code(type(module)))
+    ]
+    return inside[0] if len(inside) == 1 else ""

@@ -12,12 +12,13 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CapabilityError, LoadError, first_line
 from ..sites import SITES, VISION_
@@ -326,7 +327,18 @@ def _projections(block: Block, attn: str, counts: Heads, sizes: Mapping[str, Map
             view = split(counts, part) if split else split_heads(of_part["head"], of_part["d_head"])
             block.view(part, stack.point(path, "out", view=view), of_part)
         elif family.fused and (path := block.parts.get("attn.qkv")):
-            block.view(part, stack.point(path, "out", view=family.fused(counts, part)), of_part)
+            view = family.fused(counts, part)
+            point, arranged = stack.point(path, "out", view=view), None
+            if family.arranged and (arranged := family.arranged(counts)):
+                point = replace(point, layout=Layout(arranged=arranged))
+            block.view(part, point, of_part)
+            if arranged and (entry := stack.atlas.entries.get((stack.prefix + part, block.layer))):
+                entry.view = partial(_arranged_view, arranged.into, view)
+
+
+def _arranged_view(into: View, view: View, x: Tensor) -> Tensor:
+    """The site's axes, of what its module gives as it gives it."""
+    return view(into(x))
 
 
 def _mixed(block: Block, projection: str, counts: Heads) -> None:
@@ -361,13 +373,14 @@ def _inside_attention(block: Block, attn: str, rotated: Mapping[str, Mapping[str
     images, open_at = stack.family.whole_images, hook_points.attending(attn, stack.modules[attn])
     module = stack.modules[open_at or attn]
     stack.atlas.reaches[block.layer] = Reach.of(module, block.config, block.layer, images=images)
-    if open_at:
-        for name, sizes in rotated.items():
-            block.view(name, HookPoint(open_at, "attention", name, view=hook_points.transposed), sizes)
-        for name in ("scores", "pattern"):
-            block.view(name, HookPoint(open_at, "attention", name), {"head": n_heads})
-    elif stack.family.pattern:
-        block.view("pattern", HookPoint(f"{block.path}.{stack.family.pattern}", "out"), {"head": n_heads})
+    side: Side = "attention" if open_at else "own"
+    if not open_at and not (open_at := hook_points.computing(attn, stack.modules[attn])):
+        return
+    calls = stack.family.calls
+    for name, sizes in rotated.items():
+        block.view(name, HookPoint(open_at, side, name, view=hook_points.transposed, calls=calls), sizes)
+    for name in ("scores", "pattern"):
+        block.view(name, HookPoint(open_at, side, name, calls=calls), {"head": n_heads})
 
 
 def head_counts(block: Block, module: nn.Module) -> Heads | None:

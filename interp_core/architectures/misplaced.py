@@ -12,7 +12,6 @@ from torch import nn
 
 from ..errors import PluginError, nearest
 from .family import Family, Place, llama_like
-from .hook_points import attending
 
 CONVENTIONS = llama_like("")
 """What many family files say of modules that only some of their models have: no slip where there are none."""
@@ -88,13 +87,6 @@ def _missing(
                 yield name, place.module, [""]
         elif not in_a_block(place.module):
             yield name, place.module, inside
-    attention = [held["attn"] for held in parts.values() if "attn" in held]
-    if (
-        family.pattern
-        and not in_a_block(family.pattern)
-        and not any(attending(path, modules[path]) for path in attention)
-    ):
-        yield "pattern", family.pattern, inside
     if family.router is not None:
         named = {"the router": family.router.module, "what it chooses from": family.router.experts}
         absent = {what: path for what, path in named.items() if not in_a_block(path)}

@@ -21,7 +21,5 @@ FAMILY = Family(
     places={"resid_mid": Place("ln_1", "out")},
     join=join,
     bare=True,
-    pattern="attn.attn_dropout",
-    unseen={"scores": "it computes attention by itself, and scores cross no module boundary; read pattern"},
     refuse=NO_ROTARY | NORMED,
 )

@@ -236,7 +236,7 @@ class _Sharer:
             module = self.modules[point.module]
             if entry.name == "shared_expert_gate":  # a number for each token, beside the experts
                 self.whole.add(id(module))
-            shards = self._heads(entry, module) if point.side == "attention" else self.at(point.module, point.side)
+            shards = self._heads(entry, module) if point.inside else self.at(point.module, point.side)
             layout = point.layout if shards is None else replace(point.layout or Layout(), shards=shards)
             needs = tuple(self.point(entry, needed) for needed in point.needs)
             same = layout is point.layout and all(a is b for a, b in zip(needs, point.needs, strict=True))

@@ -119,7 +119,11 @@ ESMC = Family(
     paths={"blocks.attn": "self_attn", "blocks.mlp": "mlp", "blocks.ln2": "post_attention_layernorm"},
     added=_evenly(lambda block: 1 / block.scaling_factor),
 )
-INKLING = Family("inkling", paths={"blocks.ln1_post": "attn_sconv", "blocks.ln2_post": "mlp_sconv"})
+INKLING = Family(
+    "inkling",
+    paths={"blocks.ln1_post": "attn_sconv", "blocks.ln2_post": "mlp_sconv"},
+    inside=("v",),  # behind a convolution over positions
+)
 KOLIBRI = Family(
     "kolibri1",
     router=Router("mlp.gate", "mlp.experts", BiasOnLogits(sigmoid, BIAS, renormalise="norm_topk_prob")),

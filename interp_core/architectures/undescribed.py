@@ -72,7 +72,7 @@ def explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
         if name in present:
             continue
         own = next((why for (site, _), why in atlas.withdrawn.items() if site == name), "")
-        if reason := {**family.unseen, **refused}.get(name, own):
+        if reason := refused.get(name, own):
             why = reason
         elif name == "resid_mid" and parallel:
             why = f"{family.name} blocks are parallel: attention and MLP read the same residual stream"

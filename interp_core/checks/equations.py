@@ -150,6 +150,12 @@ def add_up(model: Session, run: Run, totals: list[Sum], edited: Sequence[Entry] 
 
 def _held(model: Session, run: Run, what: str, alike: list[Sum], edited: Sequence[Entry]) -> Finding:
     checked = [_adds_up(model, run, total, edited) for total in alike]
+    if model.atlas.family.summed is not None and alike[0].after == "resid_post" and not all(ok for ok, *_ in checked):
+        again, changed = _summed(model, run, alike)
+        checked = [
+            _adds_up(model, again if total.layer in changed else run, total, edited, summed=total.layer in changed)
+            for total in alike
+        ]
     failed = tuple(total.layer for total, (ok, _, _) in zip(alike, checked, strict=True) if not ok)
     worst = max((off for _, off, _ in checked), key=lambda x: (x != x, x))  # NaN is the worst
     first, *others = alike[0].defined
@@ -161,9 +167,29 @@ def _held(model: Session, run: Run, what: str, alike: list[Sum], edited: Sequenc
     return Finding(first, what + when, not failed, f"{worst:.1e}", Law.SUM, tuple(others), layers, note)
 
 
-def _adds_up(model: Session, run: Run, total: Sum, edited: Sequence[Entry]) -> tuple[bool, float, bool]:
+def _summed(model: Session, run: Run, alike: list[Sum]) -> tuple[Run, list[int]]:
+    """The same pass once more, in which `resid_post` is the stream that parts were added to, of blocks that go on to
+    change it; and the layers of these."""
+    inside, place = copy(model.atlas), model.atlas.family.summed
+    inside.entries = dict(model.atlas.entries)
+    changed: list[int] = []
+    for layer in (total.layer for total in alike):
+        entry = inside.entries["resid_post", layer] = copy(inside.entries["resid_post", layer])
+        assert entry.read is not None and place is not None
+        if (path := f"{entry.read.module}.{place.module}") in model.engine.modules:
+            entry.read = HookPoint(path, place.side)
+            changed.append(layer)
+    edits = run._compiled.edits
+    sites = tuple(dict.fromkeys(Site(name, total.layer) for total in alike for name in total.names))
+    plan = CompiledPlan(model, model.engine.compile(Plan.of(sites, edits), inside), sites, edits)
+    return plan.run(run.tokens, logits=-1, allow_noop=True), changed
+
+
+def _adds_up(
+    model: Session, run: Run, total: Sum, edited: Sequence[Entry], *, summed: bool = False
+) -> tuple[bool, float, bool]:
     """Whether a sum holds up to rounding, how far it is off in parts of the largest number, and whether it does so by
-    the family's own `join` only."""
+    the family's own `join` only, or before its block goes on (`summed`)."""
     shown = _shown(model.atlas, total)
     rows = [0, *(i for i, entry in enumerate(edited, 1) if id(entry) not in shown)]
     before, *parts, after = (run[Site(name, total.layer)].plain[rows] for name in total.names)
@@ -173,8 +199,8 @@ def _adds_up(model: Session, run: Run, total: Sum, edited: Sequence[Entry]) -> t
         terms = terms.amax(-1, keepdim=True)
     ok, off = within_rounding(model, before + added, after, terms)
     join = None if total.after.startswith(VISION_) else model.atlas.family.join
-    if ok or join is None:
-        return ok, off, False
+    if ok or join is None or summed:
+        return ok, off, summed
     block = model.atlas.entries["resid_pre", total.layer].module
     if block is None:
         return ok, off, False
@@ -277,7 +303,7 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
         if pairs and not sinks:
             yield _close(model, "scores", "give the pattern by softmax", pairs)
     if layers := both(atlas, "pattern", "v", "z"):
-        mixed = [(_mixed(at(run, "pattern", i), at(run, "v", i)), at(run, "z", i)) for i in layers]
+        mixed = [(_mixed(atlas, i, at(run, "pattern", i), at(run, "v", i)), at(run, "z", i)) for i in layers]
         finding = _close(model, "v", "times pattern is z", mixed)
         if not finding.ok and _by_itself(atlas, "pattern"):
             # An engine that does attention by itself does not show what is handed on; a gate is what may come behind.
@@ -286,11 +312,13 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
         elif not finding.ok:
             finding = _handed(model, run, layers)
         yield finding
-    if (layers := both(atlas, "scores", "rot_q", "rot_k")) and _by_itself(atlas, "rot_q") and not _capped(model):
+    if (layers := both(atlas, "scores", "rot_q", "rot_k")) and not _called(atlas, "rot_q") and not _capped(model):
         rotated = [_first_scores(at(run, "rot_q", i), at(run, "rot_k", i), at(run, "scores", i)) for i in layers]
         yield _close(model, "rot_q", "gives the scores, with rot_k", rotated)._replace(others=("rot_k",))
     if (layers := both(atlas, "scores", "q", "k")) and not _normed(model):
         pairs = [_first_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
+        if not both(atlas, "rot_q") and not _close(model, "q", "", pairs).ok:  # nothing rotates; there may be a bias
+            pairs = [_unbiased_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
         for name in ("q", "k"):
             yield _close(model, name, "gives the scores of the first position", pairs)
 
@@ -299,7 +327,13 @@ def _by_itself(atlas: Atlas, name: str) -> bool:
     """Whether an engine does attention by itself, so that a site is where it shows it and not where the model's own
     attention is opened."""
     points = [atlas.entries[name, layer].read for layer in atlas.layers(name)]
-    return any(point is not None and point.side != "attention" for point in points)
+    return any(point is not None and not point.inside for point in points)
+
+
+def _called(atlas: Atlas, name: str) -> bool:
+    """Whether a site is what an attention function is called with, in every layer."""
+    points = [atlas.entries[name, layer].read for layer in atlas.layers(name)]
+    return all(point is not None and point.side == "attention" for point in points)
 
 
 def _readout(model: Session, run: Run, last: Tensor) -> Iterator[Finding]:
@@ -327,10 +361,13 @@ def at(run: Run, name: str, layer: int) -> Tensor:
     return run[Site(name, layer)].plain
 
 
-def _mixed(pattern: Tensor, v: Tensor) -> Tensor:
-    """Values mixed by the pattern `[batch pos head d_head]`."""
+def _mixed(atlas: Atlas, layer: int, pattern: Tensor, v: Tensor) -> Tensor:
+    """Values mixed by the pattern `[batch pos head d_head]`, as the family does it."""
+    if atlas.family.mixed is not None:
+        with torch.no_grad():
+            return atlas.family.mixed(atlas.module("attn", layer), pattern, v)
     groups = pattern.shape[1] // v.shape[2]
-    return torch.einsum("bhqk,bkhd->bqhd", pattern, v.repeat_interleave(groups, 2))
+    return torch.einsum("bhqk,bkhd->bqhd", pattern.to(v.dtype), v.repeat_interleave(groups, 2))
 
 
 def _handed(model: Session, run: Run, layers: list[int]) -> Finding:
@@ -341,7 +378,7 @@ def _handed(model: Session, run: Run, layers: list[int]) -> Finding:
         entry = inside.entries["v", layer] = copy(inside.entries["v", layer])
         pattern = inside.entries["pattern", layer].read
         assert pattern is not None
-        entry.read = HookPoint(pattern.module, "attention", "v", view=transposed)
+        entry.read = HookPoint(pattern.module, pattern.side, "v", view=transposed)
     sites = tuple(Site("v", layer) for layer in layers)
     what = "is what attention mixes"
     try:
@@ -371,6 +408,19 @@ def _first_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]
     product = (q[:, 0] * k[:, 0].repeat_interleave(q.shape[2] // k.shape[2], 1)).sum(-1).float()
     actual = scores[:, :, 0, 0].float()
     return product * (actual.norm() / product.norm()), actual
+
+
+def _unbiased_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """How neighbouring keys' difference changes from a query to the next, by q and k and as it is, up to scale: a bias
+    by how far a key lies behind, or by its position (ALiBi, MPNet), drops out."""
+    product = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2))
+
+    def changes(x: Tensor) -> Tensor:
+        steps = x[..., 1:].double() - x[..., :-1].double()
+        return (steps[..., 1:, 1:] - steps[..., :-1, :-1]).tril(-1)
+
+    by_hand, actual = changes(product), changes(scores)
+    return by_hand * (actual.norm() / by_hand.norm()), actual
 
 
 def _projected(model: Session, run: Run, layer: int, prefix: str) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,32 @@ def lent(name: str, own: str) -> LentName:
     return _LENT[name, own]
 
 
+class OnceOfSeveral:
+    """A stage of a layer that calls attention several times with the same queries and keys: it is done the first time,
+    and what it made is what goes on the other times."""
+
+    __slots__ = ("calls", "kept", "left", "stage")
+
+    def __init__(self, stage: Stage, calls: int) -> None:
+        self.stage, self.calls, self.left = stage, calls, 0
+        self.kept: Tensor | None = None
+
+    def __call__(self, x: Tensor, n_keys: int) -> Tensor:
+        """See `Stage`."""
+        if not self.left:
+            new = self.stage(x, n_keys)
+            self.left, self.kept = self.calls, None if new is x else new
+        else:
+            new = x if self.kept is None else self.kept
+        self.left -= 1
+        self.kept = self.kept if self.left else None
+        return new
+
+    def begin(self) -> None:
+        """Forget a layer that did not come to its end."""
+        self.left, self.kept = 0, None
+
+
 class AttentionHook:
     """What a plan does inside one layer's attention.
 
@@ -148,6 +174,9 @@ class AttentionHook:
     def install(self) -> None:
         """Hang this on the layer, and lend it the config. A rule that has taken the layer's attention over keeps its
         own, and calls us as the kernel."""
+        for stage in self.stages.values():
+            if isinstance(stage, OnceOfSeveral):
+                stage.begin()
         # Written past `nn.Module.__setattr__`, which is slow and would register what it knows as a submodule.
         self.module.__dict__["interp_hook"] = self
         if "interp_rule" not in self.module.__dict__:
@@ -219,35 +248,49 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    """The attention function of layers that a plan looks into."""
+    return opened(module.__dict__["interp_hook"], query, key, value, attention_mask, scaling, dropout, **kwargs)
+
+
+def opened(
+    hook: AttentionHook,
+    query: Tensor,
+    key: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Attention `[batch head query d_head]` by steps, with the layer's hook called on the way."""
-    hook: AttentionHook = module.__dict__["interp_hook"]
+    module: Any = hook.module
     stages, filled = hook.stages, hook.filled
     if filled is not None and key.shape[2] > filled:
-        key, value = key[:, :, :filled], value[:, :, :filled]
+        key, v = key[:, :, :filled], v[:, :, :filled]
     n_keys = key.shape[2]
     if "rot_q" in stages:
         query = stages["rot_q"](query, n_keys)
     if "rot_k" in stages:
         key = stages["rot_k"](key, n_keys)
     if "v" in stages:
-        value = stages["v"](value, n_keys)
+        v = stages["v"](v, n_keys)
     if hook.keep or hook.note is not None:
-        hook.record(query, key, value, attention_mask, {"scaling": scaling, **kwargs})
+        hook.record(query, key, v, attention_mask, {"scaling": scaling, **kwargs})
     if hook.kernel is not None and hook.prefix is None and not {"scores", "pattern"} & stages.keys():
         # Nothing looks inside, so the layer's own kernel goes on with what was read or edited.
         mask = None if attention_mask is None else attention_mask[..., :n_keys]
-        return hook.kernel(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        return hook.kernel(module, query, key, v, mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = scale_of(query, scaling)
     called = {"scaling": scale, "dropout": dropout, **kwargs}
     if hook.hides and hook.has_kernel:
-        return _hidden(hook, (query, key, value), attention_mask, called), None
+        return _hidden(hook, (query, key, v), attention_mask, called), None
     few: _Few | None = None
     if hook.queries is not None and filled in (None, n_keys):
-        few = _few(hook.queries, module, (query, key, value), attention_mask, called)
+        few = _few(hook, hook.queries, (query, key, v), attention_mask, called)
         query, attention_mask, kwargs = few.query, few.mask, few.kwargs
     narrowed = hook.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
     if hook.prefix is not None and not (dropout or narrowed or _IN_ONE & {*stages, *kwargs}):
-        out = merged(hook.prefix, (query, key, value), attention_mask, called, module, hook.softmax_dtype)
+        out = merged(hook.prefix, (query, key, v), attention_mask, called, module, hook.softmax_dtype)
         return out.transpose(1, 2).contiguous(), None
     scores = masked(shaped(products(query, key) * scale, kwargs), attention_mask, kwargs, module)
     if hook.prefix is not None:
@@ -265,7 +308,7 @@ def attention(
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout, module.training)
     split = 0 if hook.prefix is None else n_keys - key.shape[2]
-    out = mixed(pattern[..., split:], value)
+    out = mixed(pattern[..., split:], v)
     if split:  # two products, not one: shared values are there once, and a row's own beside them for each row
         out = mixed(pattern[..., :split], values) + out
     out = out.transpose(1, 2).contiguous()
@@ -321,16 +364,17 @@ class _Few(NamedTuple):
 
 
 def _few(
+    hook: AttentionHook,
     columns: Sequence[int],
-    module: nn.Module,
     called: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> _Few:
     """Call the layer's own kernel, and leave the queries at these columns to be opened."""
-    query, key, _ = called
+    (query, key, _), module = called, hook.module
     mask = mask if mask is None else mask[..., : key.shape[2]]  # without the empty places of a static cache
-    closed = module.__dict__["interp_hook"].kernel(module, *called, mask, **kwargs)[0]
+    assert hook.kernel is not None
+    closed = hook.kernel(module, *called, mask, **kwargs)[0]
     at = torch.tensor(columns, device=query.device)
     few_mask = at_queries(at, mask)
     if mask is None and query.shape[2] > 1 and is_causal(kwargs, module):

@@ -32,7 +32,8 @@ from ..plan import Plan
 from ..positions import Rows
 from ..sites import ROUTING, SITES, Edit, Site
 from ..snapshot import Place
-from .attention import AttentionHook
+from .attention import AttentionHook, OnceOfSeveral
+from .attention_own import OwnAttention
 from .attention_rows import AttentionRows
 from .hooks import ModuleHook
 from .knockout import check_knockouts
@@ -168,12 +169,12 @@ class HookProgram(ABC):
         self._changes = self._add_edits(plan.edits)
         hooks = list(self._hook_at.values())
         self._needed = [hook for hook in hooks if hook.capture]
-        self.hooks = [hook for hook in hooks if hook.point.side != "attention"]
-        self._inside = [hook for hook in hooks if hook.point.side == "attention"]
+        self.hooks = [hook for hook in hooks if not hook.point.inside]
+        self._inside = [hook for hook in hooks if hook.point.inside]
         self.attn_hooks = self._attn_hooks(self._inside)
         self._knockouts = [change for change in self._changes if plan.edits[change.number].op == "knockout"]
         self._rerouting = [change for change in self._changes if plan.edits[change.number].op in ROUTING]
-        self._late = [slot.number for slot in self.slots if slot.late and slot.point.side != "attention"]
+        self._late = [slot.number for slot in self.slots if slot.late and not slot.point.inside]
         self.places = engine.places(hook.point.module for hook in hooks)
         self._bound: list[SiteAccess] = [access for access in (*self._changes, *self.slots) if not access.whole]
         self.in_tower = any([access.entry.tower for access in self._bound])  # noqa: C419 (faster)
@@ -239,12 +240,21 @@ class HookProgram(ABC):
         return SiteEdit(self.state, number, edit, entry, point)
 
     def _attn_hooks(self, hooks: list[ModuleHook]) -> list[AttentionHook]:
-        stages: dict[str, dict[str, Any]] = {}
+        stages: dict[tuple[str, str], dict[str, Any]] = {}
+        kv_heads: dict[str, int] = {}
         for hook in hooks:
-            stages.setdefault(hook.point.module, {})[hook.point.part] = hook.stage()
+            stage = hook.stage() if hook.point.calls == 1 else OnceOfSeveral(hook.stage(), hook.point.calls)
+            stages.setdefault((hook.point.module, hook.point.side), {})[hook.point.part] = stage
+            if hook.point.part == "rot_k":
+                kv_heads[hook.point.module] = (*hook.reads, *hook.changes)[0].entry.sizes["head"]
         config_copies: dict[int, Any] = {}
         modules = self.engine.modules
-        attn_hooks = [AttentionHook(modules[path], by_part, config_copies) for path, by_part in stages.items()]
+        attn_hooks = [
+            AttentionHook(modules[path], by_part, config_copies)
+            if side == "attention"
+            else OwnAttention(modules[path], by_part, kv_heads.get(path, 0))
+            for (path, side), by_part in stages.items()
+        ]
         for attn_hook in attn_hooks:
             attn_hook.hides = self.closes and self._only_hides(attn_hook)
         return attn_hooks

@@ -145,9 +145,9 @@ def _reach(session: Session, tokens: Tokens) -> Check:
     if ahead := session.atlas.lacking.get("causal"):
         return Check(ahead)
     length = max(tokens.lengths)
-    closed = [layer for layer in range(session.n_layers) if ("scores", layer) not in session.atlas.entries]
-    if closed or any(session.atlas.entries["scores", layer].write is None for layer in range(session.n_layers)):
-        return Check(f"layer {closed[0] if closed else 0} has no attention that can take keys of earlier positions")
+    scores = [session.atlas.entries.get(("scores", layer)) for layer in range(session.n_layers)]
+    if closed := [i for i, entry in enumerate(scores) if not (entry and entry.write and entry.write.shares_keys)]:
+        return Check(f"layer {closed[0]} has no attention that can take keys of earlier positions")
     reaches = session.atlas.reaches.values()
     chunk = min((reach.chunk for reach in reaches if reach.chunk), default=None)
     if chunk and length > chunk:

@@ -153,6 +153,6 @@ def modules_of(engine: LocalEngine, atlas: Atlas) -> tuple[list[nn.Module], list
         assert entry.read is not None
         blocks.append(engine.modules[entry.read.module])
         scores = atlas.entries.get(("scores", layer))
-        if scores is not None and scores.read is not None and scores.read.side == "attention":
+        if scores is not None and scores.read is not None and scores.read.shares_keys:
             attentions.append(engine.modules[scores.read.module])
     return blocks, attentions

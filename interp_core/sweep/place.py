@@ -243,7 +243,7 @@ class Placer:
         return [entry.write for entry in entries if entry.write is not None]
 
     def _inside_attention(self) -> bool:
-        return any(point.side == "attention" for point in self._edited())
+        return any(point.inside for point in self._edited())
 
     def _leaves_last(self) -> bool:
         """Whether no edit changes what the last layer makes of its attention."""

@@ -96,6 +96,8 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
         torch.manual_seed(seed)
         model = _build(family, config)
         for name, parameter in model.named_parameters():
+            if name.endswith("embed_positions.weight") and not parameter.requires_grad:  # sines and cosines
+                continue
             nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else 2.0 * parameter.shape[-1] ** -0.5)
             gain = "weight" in name and any(word in name.lower() for word in norms)
             if (gain or name.endswith("scale")) and parameter.ndim == 1:

@@ -48,7 +48,7 @@ def adapt(atlas: Atlas) -> None:
 
 def _plain(point: HookPoint | None) -> bool:
     """Whether a hook point's value is a strided view of one module's tensor."""
-    return point is not None and point.side != "attention" and point.get is None and point.layout is None
+    return point is not None and not point.inside and point.get is None and point.layout is None
 
 
 class RemoteProgram(HookProgram):
