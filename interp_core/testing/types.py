@@ -83,7 +83,7 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
             "axk2", "bailing_hybrid", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3",
-            "nemotron",
+            "nemotron", "mistral_large4_text", "unlimited_ocr_text",
         ),
         _EQUAL,
     ),
@@ -112,14 +112,17 @@ OWN: dict[str, dict[str, Any]] = {
     "cosmos3_edge_text": _BY_AXIS,
     "deepseek_ocr2_text": {**_ROUTED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "diffusion_gemma_text": {**_GLOBAL, "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 48},
-    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 40], **_BY_AXIS},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [48, 40],
+        "rope_parameters": {**_BY_AXIS["rope_parameters"], "mrope_section": [3, 3, 2]},
+    },
     "florence_vision": {
         "patch_size": [7, 3, 3, 3], "embed_dim": [16, 32, 48, 64], "num_heads": [1, 2, 3, 4],
         "num_groups": [1, 2, 3, 4],
     },
     "glm5_next_text": {**_EQUAL, "qk_rope_head_dim": 0, "head_dim": 0},
     "granite4_vision": {"deepstack_layer_map": [[-2, 0], [-1, 1]], "spatial_target_layers": [1, 2], "downsample_rate": "1/2"},
-    "hunyuan_vl_text": _D_HEAD,
+    "hunyuan_vl_text": {**_D_HEAD, **_BY_AXIS},
     "hy_v4_vl_text": {
         **_EQUAL, "rope_parameters": {**_BY_AXIS["rope_parameters"], "mrope_section": [2, 1, 1]},
     },
@@ -169,6 +172,11 @@ OWN: dict[str, dict[str, Any]] = {
     "reformer": {
         "attn_layers": ["local", "lsh", "local"], "axial_pos_embds": False, "num_buckets": 4,
         "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4,
+    },
+    "step3p5": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"], "rope_parameters": _BY_KIND,
+        "sliding_window": 4, "num_sliding_attention_heads": 6, "share_expert_dim": 40,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
