@@ -29,6 +29,7 @@ from type_layouts import (
     SOME,
     WIDE_QUERIES,
 )
+from visual_layouts import AROUND
 
 Change = Callable[[Tensor], Tensor]
 
@@ -39,7 +40,9 @@ class Reference:
     """A tiny model of one family, in eager attention, with hooks written by hand."""
 
     def __init__(self, family: str, hf: nn.Module) -> None:
-        self.family, self.hf, self.layout, self.kin = family, hf, LAYOUT[family], KIN.get(family, family)
+        self.hf, self.layout = hf, LAYOUT[family]
+        family = self.family = AROUND.get(family, (family, ""))[0]
+        self.kin = KIN.get(family, family)
         self.n_layers = len(hf.get_submodule(self.layout["blocks"]))
         self.at(0)
         self.scale = SCALES[family](hf.config.get_text_config()) if family in SCALES else 1.0

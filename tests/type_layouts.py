@@ -12,6 +12,7 @@ from typing import Any
 import layouts
 from layouts import LLAMA, SANDWICH
 from torch import Tensor
+from visual_layouts import around
 
 POST = LLAMA | {"mid": "mlp", "attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 GLM4 = LLAMA | {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"}
@@ -78,7 +79,7 @@ MIXED = (
 )  # fmt: skip
 """Types with Llama's blocks and experts in some layers or all."""
 LATENTLY = (
-    "axk1", "axk2", "deepseek_v2", "dots3_note", "dots3_note_text", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu",
+    "axk1", "axk2", "deepseek_v2", "dots3_note", "dots3_note_text", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "mistral_large4", "youtu",
 )  # fmt: skip
 """Types whose keys and values come out of a latent."""
 NORMED = ("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr")
@@ -90,27 +91,6 @@ BERTS = {
     "rembert": "rembert", "roc_bert": "roc_bert", "roformer": "roformer", "xmod": "roberta",
 }  # fmt: skip
 """BERT and its kin, and what their encoder is called."""
-AROUND_LLAMA = (
-    "AriaForConditionalGeneration", "Cosmos3OmniForConditionalGeneration", "DeepseekVLForConditionalGeneration",
-    "DeepseekVLHybridForConditionalGeneration", "Glm4vMoeForConditionalGeneration", "GotOcr2ForConditionalGeneration",
-    "InternVLForConditionalGeneration", "LightOnOcrForConditionalGeneration", "LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration", "LlavaNextVideoForConditionalGeneration",
-    "LlavaOnevisionForConditionalGeneration", "MiniMaxM3SparseForConditionalGeneration",
-    "Mistral3ForConditionalGeneration", "MllamaForConditionalGeneration", "Ovis2ForConditionalGeneration",
-    "PaddleOCRVLForConditionalGeneration", "PaliGemmaForConditionalGeneration", "QianfanOCRForConditionalGeneration",
-    "Qwen2VLForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration", "Qwen3OmniMoeThinkerForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration", "VideoLlama3ForConditionalGeneration",
-    "VideoLlavaForConditionalGeneration", "VipLlavaForConditionalGeneration",
-)  # fmt: skip
-"""Classes of images and text around a language model with Llama's blocks."""
-NO_DENSE_AROUND = (
-    "AriaForConditionalGeneration", "MiniMaxM3SparseForConditionalGeneration",
-    "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration",
-)  # fmt: skip
-PARALLEL_AROUND = (
-    "AyaVisionForConditionalGeneration", "Cohere2VisionForConditionalGeneration", "CohereCompassForConditionalGeneration",
-)  # fmt: skip
 KIN = {
     "llama4_text": "llama4", "qwen3_5_moe_text": "qwen3_5_moe", "sarvam_mla": "deepseek_v3", "sarvam_moe": "glm4_moe",
 }  # fmt: skip
@@ -126,6 +106,7 @@ LAYOUT: dict[str, dict[str, str]] = {
     **dict.fromkeys(("got_ocr2", "moss_transcribe_diarize"), inside(LLAMA, "model.language_model")),
     "gemma4": SANDWICH,
     "gemma4_unified": inside(SANDWICH, "model.language_model"),
+    "mistral_large4": LATENT | {"q": "self_attn.q_proj"},
     "axk2": LATENT | {"q": "self_attn.q_gate_proj"},
     "afmoe": SANDWICH | {"mid": "pre_mlp_layernorm", "mlp_out": "post_mlp_layernorm"},
     "beam": SANDWICH,
@@ -191,22 +172,6 @@ LAYOUT: dict[str, dict[str, str]] = {
         "mid": "mlp_norm", "attn_out": "attn", "mlp_out": "mlp",
     },
     **{name: layouts.LAYOUT[kin] for name, kin in KIN.items()},
-    **dict.fromkeys(AROUND_LLAMA, inside(LLAMA, "model.language_model")),
-    **dict.fromkeys(PARALLEL_AROUND, inside(PARALLEL, "model.language_model")),
-    **{
-        f"{name}ForConditionalGeneration": inside(SANDWICH, "model.language_model")
-        for name in ("Gemma3", "Gemma4", "Gemma4Unified", "MuseGlimmer")
-    },
-    **{
-        f"{name}ForConditionalGeneration": inside(GLM4, "model.language_model") for name in ("Glm46V", "Glm4v", "GlmOcr")
-    },
-    **{
-        f"{name}ForConditionalGeneration": inside(LLAMA, "model.text_model") for name in ("Idefics2", "Idefics3", "SmolVLM")
-    },
-    "EvollaForProteinText2Text": LLAMA,
-    "Exaone4_5_ForConditionalGeneration": inside(POST, "model.language_model"),
-    "HyperCLOVAXVisionV2ForConditionalGeneration": inside(LLAMA, "model.language_model")
-    | {"attn_out": "post_norm1", "mlp_out": "post_norm2"},
     **{name: encoder(model) for name, model in BERTS.items()},
     **{
         name: encoder(BERTS[name], BERT | {"pattern": "attention.self.dropout"})
@@ -233,11 +198,10 @@ LAYOUT: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 """Module names by type."""
+LAYOUT |= around(LAYOUT)
 WIDE_QUERIES = {"deepseek_v3", "sarvam_mla", *LATENTLY}
 """Queries and keys are wider than values, which lie per head behind a part of its key."""
 MIXED_VALUES = {
-    "Gemma4ForConditionalGeneration",
-    "Gemma4UnifiedForConditionalGeneration",
     "gemma3n_text",
     "gemma4",
     "gemma4_text",
@@ -264,7 +228,7 @@ NO_DENSE = {
 DENSE = layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", "beam") if family not in NO_DENSE}
 DENSE["flint"] = [0, 1]
 DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
-DENSE |= {name: [] for name in NO_DENSE} | {"Glm4vMoeForConditionalGeneration": [0]}
+DENSE |= {name: [] for name in NO_DENSE}
 DENSE |= {
     "llama4_text": [],
     "qwen3_5_moe_text": [],
@@ -289,8 +253,6 @@ LACKS: dict[str, set[str]] = {
     "falcon": {"rot_q", "rot_k", "scores", "pattern", "resid_mid"},
     "codegen": {"resid_mid", "q", "k"},
     "dbrx": {"mlp_act"},
-    **{name: {"mlp_act"} for name in NO_DENSE_AROUND},
-    **{name: {"resid_mid"} for name in PARALLEL_AROUND},
     **{name: {*OF_ATTENTION, *OF_MLP} for name in ("mamba", "mamba2", "falcon_mamba")},
     "xlstm": OF_ATTENTION,
     "lara_mini": {"mlp_act"},

@@ -16,7 +16,7 @@ WIDTHS = {
     "linear_num_key_heads index_n_heads type_vocab_size depth num_global_layers topk_group hc_mult "
     "hc_count o_groups encoder_layers",
     3: "num_hidden_layers num_layers n_layer n_layers decoder_layers num_decoder_layers num_encoder_layers "
-    "num_blocks num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts "
+    "num_blocks layers num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts "
     "linear_conv_kernel_dim short_conv_kernel_size mamba_d_conv conv_kernel conv_L_cache conv_kernel_size "
     "conv1d_width",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
@@ -63,6 +63,7 @@ SIZES = {word: size for size, words in WIDTHS.items() for word in words.split()}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LAYERS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers", "num_blocks",
+    "layers",
 )  # fmt: skip
 """Words for the number of layers."""
 MOST = 8_000_000
@@ -157,6 +158,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {
         "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     },
+    "granite4_vision_text": {"residual_multiplier": 0.4, "logits_scaling": 2.0, "embedding_multiplier": 3.0},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _D_HEAD),
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 0},
