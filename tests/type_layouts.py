@@ -117,6 +117,10 @@ LAYOUT: dict[str, dict[str, str]] = {
         "attn": "norm_attn_norm.attn", "qkv": "norm_attn_norm.attn.Wqkv", "o": "norm_attn_norm.attn.out_proj",
         "mlp": "ffn", "mid": "norm_attn_norm.norm_2", "attn_out": "norm_attn_norm.attn", "mlp_out": "ffn",
     },
+    "git": encoder("git", BERT | {"pattern": "attention.self.dropout"}),
+    "kosmos_2_5": decoder("text_model.model", BART | {"mid": "final_layer_norm", "mlp": "ffn", "down": "ffn.fc2", "mlp_out": "ffn"}),
+    "muse_spark": SANDWICH,
+    "qwen4_exp": LLAMA,
     "ctrl": {
         "embed": "transformer.w", "blocks": "transformer.h", "norm": "transformer.layernorm",
         "attn": "multi_head_attention", "q": "multi_head_attention.Wq", "k": "multi_head_attention.Wk",
@@ -270,12 +274,16 @@ LACKS: dict[str, set[str]] = {
     **{name: {"rot_q", "rot_k"} for name in (*PRENORMED, "xglm", "biogpt")},
     **{name: {"rot_q", "rot_k", "scores", "final_norm"} for name in ("big_bird", "rembert", "roformer")},
     **{name: {"rot_q", "rot_k", "scores", "pattern", "final_norm"} for name in ("mvp", "trocr")},
+    "git": {"rot_q", "rot_k", "scores", "final_norm"},
+    "kosmos_2_5": {"rot_q", "rot_k"},
+    "muse_spark": {"mlp_act", "attn_out", "mixer_out", "resid_mid", "mlp_out"},  # TODO factors
+    "qwen4_exp": {"resid_pre", "attn_out", "mixer_out", "resid_mid", "mlp_act", "mlp_out", "resid_post", "final_norm"},
     "bigbird_pegasus": {"rot_q", "rot_k"},
     "bloom": {"rot_q", "rot_k", "scores"},
     "mpt": {"rot_q", "rot_k", "scores", "pattern"},
 }
 """What a type does not have, or what no hook here is written for."""
-LINEAR = layouts.LINEAR | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
+LINEAR = layouts.LINEAR | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1], "qwen4_exp": [0, 1]}
 """Layers with linear attention."""
 GATED_QUERIES = {*LINEAR} - {"lara_mini"}
 """Types whose query projection holds a gate beside each query."""
@@ -300,7 +308,7 @@ GATES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     ),
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("in_proj", lambda x: x.chunk(3, -1)[1])),
     **dict.fromkeys(
-        ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "lara_mini"), ("in_proj_z", lambda x: x)
+        ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "lara_mini"), ("in_proj_z", lambda x: x)
     ),
     "zamba": ("in_proj", lambda x: x.unflatten(-1, (128, 2))[..., 1]),
     "zamba2": ("in_proj", lambda x: x[..., :128]),

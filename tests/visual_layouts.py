@@ -19,10 +19,13 @@ _CLASSES: dict[str, str] = {
     "fuyu": "Fuyu",
     "gemma3": "Gemma3 MuseGlimmer",
     "gemma4_text": "Gemma4 Gemma4Unified",
+    "git": "Git",
     "glm4": "Glm46V Glm4v GlmOcr",
     "glm4_moe_lite": "Mistral4",
     "granite": "Granite4Vision GraniteDocling",
     "hyperclovax": "HyperCLOVAXVisionV2",
+    "kosmos_2_5": "Kosmos2_5",
+    "muse_spark": "MuseSpark",
     "nanochat": "Cosmos3Edge",
     "lfm2": "Lfm2Vl",
     "lfm3": "Lfm3Vl",
@@ -33,11 +36,13 @@ _CLASSES: dict[str, str] = {
     "minimax_m3_vl_text": "MiniMaxM3Sparse",
     "mistral_large4": "MistralLarge4",
     "qwen3_5_moe_text": "Qwen3_5Moe",
+    "qwen4_exp": "Qwen4Exp",
     "qwen3_5_text": "MiniCPMOcr MiniCPMV4_6 MiniCPMV4_7 Qwen3_5",
 }
 """By type, the classes around a language model with its blocks, without the ending of their names."""
-_ENDINGS = {"Evolla": "ForProteinText2Text", "Fuyu": "ForCausalLM", "Mistral4": "ForCausalLM"}
+_ENDINGS = {"Git": "ForCausalLM", "Evolla": "ForProteinText2Text", "Fuyu": "ForCausalLM", "Mistral4": "ForCausalLM"}
 _PATHS = {
+    "Git": "git", "Kosmos2_5": "text_model",
     **dict.fromkeys(("Chameleon", "Evolla", "Fuyu", "Mistral4"), "model"),
     **dict.fromkeys(("Emu3", "GraniteDocling", "Idefics2", "Idefics3", "SmolVLM"), "model.text_model"),
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """Families whose blocks scale or norm the stream itself, or what they add to it, in a way of their own.
 
-BEAM, Doge, MiniMax and RWKV do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change only what
+BEAM, Doge, MiniMax, Muse Spark and RWKV do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change only what
 they add.
 
 `attn_out` and `mlp_out` are what is added, after the block's multipliers; the stream goes on as `join` says.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .deepseek_v3 import FAMILY as DEEPSEEK_V3
@@ -51,6 +52,24 @@ def minimax_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor
     return block.post_attention_layernorm(before) * block.mlp_alpha_factor + added
 
 
+def _muse_gate(block: Any, site: str) -> tuple[Tensor, Tensor]:
+    """Muse Spark: the shares of the stream and of what is added, one per dimension."""
+    name = "post_attention_residual_gate" if site in ("attn_out", "resid_mid") else "post_feedforward_residual_gate"
+    gate = getattr(block, name)
+    share = torch.sigmoid((gate.gate / gate.temperature).detach())
+    return ((1 - share) * (1 + share)).clamp(min=gate.eps).sqrt(), share
+
+
+def muse_added(block: Any) -> Mapping[str, Tensor]:
+    """Muse Spark: attention's and the MLP's share, after their norms."""
+    return {name: _muse_gate(block, name)[1] for name in ("attn_out", "mlp_out")}
+
+
+def muse_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """Muse Spark: the stream is scaled so that the variance stays."""
+    return _muse_gate(block, site)[0] * before + added
+
+
 def rwkv_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
     """RWKV: the first block norms the embeddings before anything else."""
     return (block.pre_ln(before) if site == "resid_mid" and block.layer_id == 0 else before) + added
@@ -82,6 +101,7 @@ KOLIBRI = Family(
 )
 MINICPM3 = replace(DEEPSEEK_V3, name="minicpm3", router=None, added=_evenly(lambda block: block.residual_scale))
 MINIMAX = Family("minimax", added=minimax_added, join=minimax_join, router=QWEN_ROUTER)
+MUSE_SPARK = Family("muse_spark", added=muse_added, join=muse_join)
 OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)
 RWKV = Family(
     "rwkv",
