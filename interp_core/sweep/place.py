@@ -378,16 +378,16 @@ class Placer:
     def _clean_bytes(self) -> int:
         """What a clean pass leaves of one token: streams, keys and values of all layers."""
         shape, config = self.session.atlas.shape, self.session.hf.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", 1)
-        width = getattr(config, "head_dim", None) or shape.d_model // heads
-        kept = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
+        heads = _largest(config, "num_attention_heads") or 1
+        width = _largest(config, "head_dim") or shape.d_model // heads
+        kept = 2 * (_largest(config, "num_key_value_heads") or heads) * width
         return self.session.n_layers * (shape.d_model + kept) * torch.empty((), dtype=self.session.dtype).element_size()
 
     def _row_bytes(self, width: int, columns: int) -> int:
         """What one row takes at most at a time: streams and MLP of its columns, attention over the text, its logits."""
         shape, config = self.session.atlas.shape, self.session.hf.config.get_text_config()
-        d_mlp = getattr(config, "intermediate_size", None) or 4 * shape.d_model
-        heads = getattr(config, "num_attention_heads", 1)
+        d_mlp = _largest(config, "intermediate_size") or 4 * shape.d_model
+        heads = _largest(config, "num_attention_heads") or 1
         # an upper bound: so many tensors of the stream, of the MLP and of attention never live at a time in a block; a
         # test holds it against the bytes that are allocated
         numbers = columns * (12 * shape.d_model + 3 * d_mlp + 3 * heads * width)
@@ -443,3 +443,12 @@ def _free(session: Session) -> int:
     least = torch.tensor(free, device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN, group=processes)
     return int(least)
+
+
+def _largest(config: Any, word: str) -> int:
+    """The largest size that a layer has, by a config's word for it; 0 where it has none."""
+    layers = [config]
+    if getattr(config, "is_heterogeneous", False):
+        layers = [config.per_layer_config[layer] for layer in range(len(config.per_layer_config))]
+    sizes = (getattr(layer, word, None) for layer in layers)
+    return max((size for size in sizes if isinstance(size, int)), default=0)
