@@ -308,7 +308,8 @@ GATES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     ),
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("in_proj", lambda x: x.chunk(3, -1)[1])),
     **dict.fromkeys(
-        ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "lara_mini"), ("in_proj_z", lambda x: x)
+        ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "lara_mini"),
+        ("in_proj_z", lambda x: x),
     ),
     "zamba": ("in_proj", lambda x: x.unflatten(-1, (128, 2))[..., 1]),
     "zamba2": ("in_proj", lambda x: x[..., :128]),

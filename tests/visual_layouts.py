@@ -46,8 +46,15 @@ _PATHS = {
     **dict.fromkeys(("Chameleon", "Evolla", "Fuyu", "Mistral4"), "model"),
     **dict.fromkeys(("Emu3", "GraniteDocling", "Idefics2", "Idefics3", "SmolVLM"), "model.text_model"),
 }  # fmt: skip
+
+
+def named(name: str) -> str:
+    """The class's whole name."""
+    return name + _ENDINGS.get(name, "ForConditionalGeneration")
+
+
 AROUND: dict[str, tuple[str, str]] = {
-    name + _ENDINGS.get(name, "ForConditionalGeneration"): (kind, _PATHS.get(name, "model.language_model"))
+    named(name): (kind, _PATHS.get(name, "model.language_model"))
     for kind, names in _CLASSES.items()
     for name in names.split()
 }
@@ -55,7 +62,7 @@ AROUND: dict[str, tuple[str, str]] = {
 
 
 def around(layouts: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """Layouts of the classes, from those of types: what is `model.norm` of a type's is `norm` of the language model there."""
+    """Layouts of the classes, from those of types: `model.norm` of a type is `norm` of the language model here."""
     inside = {}
     for name, (kind, path) in AROUND.items():
         ends = {key: f"{path}.{layouts[kind][key].partition('.')[2]}" for key in ("embed", "blocks", "norm")}

@@ -75,8 +75,8 @@ def _broken(config: Any) -> str:
     if not hasattr(config, "vision_config") or word not in wanted or word in MoeCausalLMOutputWithPast.__annotations__:
         return ""
     return (
-        f"in this version of transformers its forward pass ends in an error on any input: it reads `{word}` of what its "
-        "language model gives, which has none; load that alone, as Llama4ForCausalLM"
+        f"in this version of transformers its forward pass ends in an error on any input: it reads `{word}` of what "
+        "its language model gives, which has none; load that alone, as Llama4ForCausalLM"
     )
 
 

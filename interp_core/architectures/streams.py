@@ -1,7 +1,7 @@
 """Families whose blocks scale or norm the stream itself, or what they add to it, in a way of their own.
 
-BEAM, Doge, MiniMax, Muse Spark and RWKV do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change only what
-they add.
+BEAM, Doge, MiniMax, Muse Spark and RWKV do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change
+only what they add.
 
 `attn_out` and `mlp_out` are what is added, after the block's multipliers; the stream goes on as `join` says.
 """

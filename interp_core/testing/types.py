@@ -36,7 +36,8 @@ WIDTHS = {
     "position_bias_num_buckets image_size image_seq_length output_channels max_image_size max_img_size",
     20: "codebook_size num_embeddings shape_vocab_size pronunciation_vocab_size",
     24: "kv_lora_rank qk_head_dim global_head_dim",
-    32: "q_lora_rank mamba_d_head mamba_head_dim mamba_headdim ple_embed_dim moe_latent_size moe_hidden_size base_channels latent_channels",
+    32: "q_lora_rank mamba_d_head mamba_head_dim mamba_headdim ple_embed_dim "
+    "moe_latent_size moe_hidden_size base_channels latent_channels",
     40: "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
     "moe_shared_expert_intermediate_size",
     48: "moe_intermediate_size expert_ffn_hidden_size",
@@ -44,7 +45,8 @@ WIDTHS = {
     64: "embed_dim projector_input_dim projector_output_dim vision_output_dim projection_dim "
     "projector_hidden_size num_position_embeddings hidden_size d_model n_embd emb_dim embedding_dim "
     "embedding_size dim word_embed_proj_dim input_embedding_size output_embedding_size input_size "
-    "lru_width hidden_size_global adapter_in_dim adapter_out_dim adapter_input_size text_hidden_size codebook_dim encoder_hidden_size attention_hidden_size out_hidden_size ngram_vocab_size_base "
+    "lru_width hidden_size_global adapter_in_dim adapter_out_dim adapter_input_size text_hidden_size "
+    "codebook_dim encoder_hidden_size attention_hidden_size out_hidden_size ngram_vocab_size_base "
     "original_max_position_embeddings",
     90: "image_token_id image_token_index",
     91: "video_token_id video_token_index audio_token_id",
@@ -78,7 +80,7 @@ _ENCODED = {"encoder_layers": 3}
 _HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, **_EQUAL}
 _ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1}
 _BY_KIND = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
-_PLACES = {"<image>": 90, "<|extra_200|>": 91}
+_PLACES = {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91}}
 _DOUBLED = {"attention_hidden_size": 128, "attention_head_dim": 32}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -109,7 +111,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "apertus1p5": {"image_token_offset": 50, "audio_token_offset": 70},
     "bamba": {"attn_layer_indices": [1]},
-    **dict.fromkeys(("chameleon", "emu3"), {"vocabulary_map": _PLACES}),
+    **dict.fromkeys(("chameleon", "emu3"), _PLACES),
     "cosmos3_edge_text": _BY_AXIS,
     "deepseek_ocr2_text": {**_ROUTED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "diffusion_gemma_text": {**_GLOBAL, "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 48},
@@ -122,7 +124,9 @@ OWN: dict[str, dict[str, Any]] = {
         "num_groups": [1, 2, 3, 4],
     },
     "glm5_next_text": {**_EQUAL, "qk_rope_head_dim": 0, "head_dim": 0},
-    "granite4_vision": {"deepstack_layer_map": [[-2, 0], [-1, 1]], "spatial_target_layers": [1, 2], "downsample_rate": "1/2"},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-2, 0], [-1, 1]], "spatial_target_layers": [1, 2], "downsample_rate": "1/2",
+    },
     "hunyuan_vl_text": {**_D_HEAD, **_BY_AXIS},
     "hy_v4_vl_text": {
         **_EQUAL, "rope_parameters": {**_BY_AXIS["rope_parameters"], "mrope_section": [2, 1, 1]},
