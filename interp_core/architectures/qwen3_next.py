@@ -18,6 +18,7 @@ _STREAMS = (
 )
 QWEN4_EXP = Family(
     "qwen4_exp",
+    router=ROUTER,
     refuse=dict.fromkeys(("resid_pre", "attn_out", "mixer_out", "resid_mid", "mlp_out", "resid_post"), _STREAMS)
     | dict.fromkeys(
         ("final_norm", "readout"), "a learnt mix and a norm lie between the last streams and the unembedding"
