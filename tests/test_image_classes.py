@@ -135,7 +135,7 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(name: str) -> None:
     hf = testing.tiny(name)
     try:
         runs = hf(input_ids=torch.tensor([[5, 17, 33]])) is not None
-    except (AttributeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         runs = False
     if name == "Llama4ForConditionalGeneration" and runs:
         pytest.skip("this version of transformers can run it")
