@@ -45,7 +45,11 @@ IN_GROUPS = Router("mlp.gate", "mlp.experts", SIGMOID_IN_GROUPS)
 
 SOLAR = Family("solar_open", router=IN_GROUPS)
 MIMO = Family("mimo_v2_flash", heads=mimo_heads, inside=("v",), router=IN_GROUPS)
+GLM5_NEXT = Family("glm5_next", router=IN_GROUPS)
+HY4 = Family("hy_v4", router=IN_GROUPS)
+HY4_VL = Family("hy_v4_vl", router=IN_GROUPS)
 MELLUM = Family("mellum", router=QWEN_ROUTER)
+QWEN4 = Family("qwen4_exp", router=QWEN_ROUTER)
 LARA = Family("lara_mini", paths={"blocks.linear_attn": "linear_attn"}, router=QWEN_ROUTER)
 FLINT = Family("flint", router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, renormalise="norm_topk_prob")))
 HY3 = Family(
@@ -57,7 +61,10 @@ COHERE = Family(
     parallel=lambda _config: True,
     router=Router("mlp.gate", "mlp.experts", CohereSelection()),
 )
-LAGUNA = Family("laguna", router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS)))
+SIGMOIDS = Router("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS))
+LAGUNA = Family("laguna", router=SIGMOIDS)
+MINIMAX_M3 = Family("minimax_m3_vl", router=SIGMOIDS)
+STEP = Family("step3p7", router=SIGMOIDS)
 DOTS = Family("dots1", router=IN_GROUPS)
 EXAONE = Family("exaone_moe", router=IN_GROUPS)
 FLEX_OLMO = Family("flex_olmo", router=QWEN_ROUTER)
