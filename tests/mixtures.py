@@ -144,8 +144,11 @@ MIXTURES: dict[str, Mixture] = {
     "zaya": Mixture(layers=_ALL, bias="mlp.gate.balancing_biases", normed=False),
 }  # fmt: skip
 """By family, or by the model type or class that a tiny model of is built by."""
-STREAMS = ("deepseek_v4", "hy_v4", "inkling2_loop_text", "inkling2_text", "qwen4_exp", "qwen4_exp_text")
-"""Whose blocks pass several streams on, or do not add what the MLP gives to the one that they pass on."""
+STREAMS = (
+    "Qwen4ExpForConditionalGeneration", "deepseek_v4", "hy_v4", "inkling2_loop_text", "inkling2_text", "inkling_text",
+    "qwen4_exp", "qwen4_exp_text", "zaya",
+)  # fmt: skip
+"""Whose blocks pass several streams on, or do more with what the MLP gives than to add it."""
 SHARING = ("inkling_text",)
 """Whose routed experts are weighed along with shared ones, by logits of the router's."""
 PASSING = ("zaya",)

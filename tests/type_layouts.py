@@ -18,6 +18,10 @@ GLM4 = LLAMA | {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_lay
 PARALLEL = {key: path for key, path in LLAMA.items() if key != "mid"}
 FUSED = {key: path for key, path in LLAMA.items() if key not in "qkv"}
 LATENT = LLAMA | {"q": "self_attn.q_b_proj", "v": "self_attn.kv_b_proj"}
+SHARED = LLAMA | {
+    "mlp_reads": "post_attention_layernorm", "beside": "block_sparse_moe", "mlp_out": "shared_mlp",
+    "down": "shared_mlp.output_linear",
+}  # fmt: skip
 HYBRID = LLAMA | {
     "norm": "model.final_layernorm", "mlp": "feed_forward", "down": "feed_forward.down_proj", "mid": "pre_ff_layernorm",
     "mlp_out": "feed_forward",
@@ -105,8 +109,7 @@ AROUND_LLAMA = (
 )  # fmt: skip
 """Classes of images and text around a language model with Llama's blocks."""
 NO_DENSE_AROUND = (
-    "AriaForConditionalGeneration", "MiniMaxM3SparseForConditionalGeneration",
-    "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration",
+    "AriaForConditionalGeneration", "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration",
 )  # fmt: skip
 PARALLEL_AROUND = (
     "AyaVisionForConditionalGeneration", "Cohere2VisionForConditionalGeneration", "CohereCompassForConditionalGeneration",
@@ -181,8 +184,8 @@ LAYOUT: dict[str, dict[str, str]] = {
         "attn_out": "mlstm_layer", "mid": "norm_ffn", "mlp": "ffn", "down": "ffn.proj_down", "mlp_out": "ffn",
     },
     "lara_mini": LLAMA,
-    "granitemoeshared": LLAMA, "granitemoe_swa": LLAMA,
-    "granitemoehybrid": LLAMA,
+    "granitemoeshared": SHARED, "granitemoehybrid": SHARED,
+    "granitemoe_swa": LLAMA | {"mlp_reads": "post_attention_layernorm", "mlp_out": "block_sparse_moe"},
     "starcoder2": LLAMA | {"down": "mlp.c_proj"},
     "vaultgemma": LLAMA | {"mid": "pre_feedforward_layernorm"},
     "modernbert-decoder": {
@@ -258,13 +261,13 @@ SCALES: dict[str, Callable[[Any], float]] = {
 }
 """What blocks multiply attention and MLP by before they add them."""
 NO_DENSE = {
-    "aria_text", "cohere2_moe", "flex_olmo", "hunyuan_v1_moe", "kolibri1", "mellum", "minimax_m2", "minimax_m3_vl_text",
-    "phimoe", "solar_open",
+    "aria_text", "cohere2_moe", "flex_olmo", "hunyuan_v1_moe", "kolibri1", "mellum", "minimax_m2", "phimoe", "solar_open",
 }  # fmt: skip
 DENSE = layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", "beam") if family not in NO_DENSE}
 DENSE["flint"] = [0, 1]
 DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
-DENSE |= {name: [] for name in NO_DENSE} | {"Glm4vMoeForConditionalGeneration": [0]}
+DENSE |= {name: [] for name in NO_DENSE}
+DENSE |= dict.fromkeys(("Glm4vMoeForConditionalGeneration", "MiniMaxM3SparseForConditionalGeneration"), [0])
 DENSE |= {
     "llama4_text": [],
     "qwen3_5_moe_text": [],
@@ -294,7 +297,7 @@ LACKS: dict[str, set[str]] = {
     **{name: {*OF_ATTENTION, *OF_MLP} for name in ("mamba", "mamba2", "falcon_mamba")},
     "xlstm": OF_ATTENTION,
     "lara_mini": {"mlp_act"},
-    **{name: OF_MLP - {"resid_mid"} for name in ("granitemoeshared", "granitemoe_swa", "granitemoehybrid")},
+    "granitemoe_swa": {"mlp_act"},
     "beam": {
         "attn_out",
         "mlp_out",
