@@ -60,6 +60,8 @@ _V3 = Mixture(
     scale="routed_scaling_factor",
     shared=_SHARED,
 )
+_V2 = Mixture(groups="one", normed=False, scale="routed_scaling_factor", shared=_SHARED)
+_MISTRAL = Mixture(groups="two", scale="routed_scaling_factor", shared=_SHARED)
 _GRANITE = Mixture("block_sparse_moe.router", "block_sparse_moe.experts", _ALL, score="top", shared=("shared_mlp",))
 
 _INNER = "model.language_model.layers"
@@ -72,7 +74,7 @@ _INKLING2 = Mixture(layers=_ALL, score="sigmoid", bias="mlp.gate.e_score_correct
 
 MIXTURES: dict[str, Mixture] = {
     "phimoe": Mixture("mlp.router", layers=_ALL, score="slots"),
-    "deepseek_v2": Mixture(groups="one", normed=False, scale="routed_scaling_factor", shared=_SHARED),
+    "deepseek_v2": _V2,
     "ernie4_5_moe": Mixture(bias="mlp.gate.moe_statics.e_score_correction_bias", k="moe_k", shared=_SHARED),
     "minimax": Mixture(layers=_ALL),
     "minimax_m2": Mixture(layers=_ALL, score="sigmoid", bias="mlp.e_score_correction_bias"),
@@ -94,7 +96,7 @@ MIXTURES: dict[str, Mixture] = {
     ),
     "afmoe": Mixture("mlp.router", score="sigmoid", bias="mlp.expert_bias", scale="route_scale", shared=_SHARED),
     "flex_olmo": Mixture(layers=_ALL, normed=False),
-    "mistral4": Mixture(groups="two", scale="routed_scaling_factor", shared=_SHARED),
+    "mistral4": _MISTRAL,
     "deepseek_v4": Mixture(
         score="sqrtsoftplus", bias="mlp.gate.e_score_correction_bias", scale="routed_scaling_factor", shared=_SHARED
     ),
@@ -144,6 +146,17 @@ MIXTURES: dict[str, Mixture] = {
     "zaya": Mixture(layers=_ALL, bias="mlp.gate.balancing_biases", normed=False),
 }  # fmt: skip
 """By family, or by the model type or class that a tiny model of is built by."""
+_M2 = Mixture(score="sigmoid", bias="mlp.gate.e_score_correction_bias")
+ALONE: dict[str, tuple[str, str, Mixture]] = {
+    "deepseek_ocr2": ("DeepseekOcr2TextTopkRouter", "DeepseekOcr2TextConfig", _V2),
+    "glm5_next": ("Glm5NextTextTopkRouter", "Glm5NextTextConfig", _V3),
+    "hy_v4_vl": ("HYV4VLTopkRouter", "HYV4VLTextConfig", _V3),
+    "mistral_large4": ("MistralLarge4TextTopkRouter", "MistralLarge4TextConfig", _MISTRAL),
+    "muse_spark": ("MuseSparkTopkRouter", "MuseSparkTextConfig", replace(_M2, scale="routed_scaling_factor")),
+    "step3p7": ("Step3p7TopKRouter", "Step3p7TextConfig", _M2),
+    "unlimited_ocr": ("UnlimitedOcrTextTopkRouter", "UnlimitedOcrTextConfig", _V2),
+}
+"""Families whose routers are held alone: names of the router's class and its config's."""
 STREAMS = (
     "Qwen4ExpForConditionalGeneration", "deepseek_v4", "hy_v4", "inkling2_loop_text", "inkling2_text", "inkling_text",
     "qwen4_exp", "qwen4_exp_text", "zaya",
@@ -166,7 +179,7 @@ def route(name: str, hf: Any, layer: int, logits: Tensor, shared: Tensor | None 
     Args:
         shared: the token's logits of shared experts, where these are weighed too.
     """
-    mixture, config = MIXTURES[name], hf.config.get_text_config()
+    mixture, config = MIXTURES[name] if name in MIXTURES else ALONE[name][2], hf.config.get_text_config()
     block = mixture.block(hf, layer)
     left = {e: float(z) for e, z in enumerate(logits.tolist()) if z != float("-inf")}
     k = attrgetter(mixture.k)(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ import pytest
 import torch
 import transformers
 from conftest import sampled, tiny_model
-from mixtures import MIXTURES, PASSING, SHARING, STREAMS, Mixture, by_hand
+from mixtures import ALONE, MIXTURES, PASSING, SHARING, STREAMS, Mixture, by_hand
 from packaging.version import Version
+from parity import IDS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
@@ -22,6 +24,8 @@ import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
 from interp_core.architectures.family import Family
+from interp_core.architectures.rerouting import selected
+from interp_core.architectures.routing import BANNED, dense
 from interp_core.architectures.undescribed import UNDESCRIBED
 from interp_core.testing.types import types, visual
 
@@ -298,6 +302,40 @@ def test_a_correction_bias_brings_no_banned_expert_back(family: str, ids: torch.
     assert (model.run(ids, read=weights)[weights][..., 2] != 0).all()
     run = model.run(ids, read=weights, edits=S.router_logits[layer].mask(2))
     assert not run[weights][..., 2].any()
+
+
+@pytest.mark.parametrize("family", ALONE)
+def test_routers_of_models_that_are_not_built_small_select_as_by_hand(family: str) -> None:
+    """The router's class alone, of models with images that are too large or need more than a config to be built."""
+    kind, of, mixture = ALONE[family]
+    home = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    config = getattr(transformers, of)()
+    sizes = dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 8)
+    sizes |= {"hidden_size": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
+    for name, setting in {**sizes, "topk_method": "group_limited_greedy"}.items():
+        setattr(config, name, setting)
+    hf = torch.nn.Module()
+    hf.model, hf.config = torch.nn.Module(), config
+    block = torch.nn.Module()
+    block.mlp = torch.nn.Module()
+    hf.model.layers = torch.nn.ModuleList([block])
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        gate = block.mlp.gate = getattr(home, kind)(config)
+        for x in [*gate.parameters(), *gate.buffers()]:
+            torch.nn.init.normal_(x, std=0.5)
+        wanted = [torch.randn(1, 40, 8).masked_fill(torch.rand(1, 40, 8).argsort(-1) < n, BANNED) for n in range(4)]
+        with torch.no_grad():
+            output = gate(torch.randn(1, 40, 16))
+    router = ic.registry("architectures").get(family, Family).router
+    assert router is not None and (router.module, router.sizes(gate)) == ("mlp.gate", (8, 3))
+    held = router.weights(output, 8)
+    torch.testing.assert_close(held[None].double(), by_hand(family, hf, 0, output[0][None], IDS), atol=1e-6, rtol=1e-5)
+    for logits in (output[0][None], *wanted):
+        weights, chosen = selected(router.selection, router.rule(gate, (None,)), logits[0], torch.float32)
+        found = dense(weights, chosen, 8)[None].double()
+        torch.testing.assert_close(found, by_hand(family, hf, 0, logits, IDS), atol=1e-6, rtol=1e-5)
+        assert not found[logits == BANNED].any()
 
 
 def test_hash_routers_have_no_logits(ids: torch.Tensor) -> None:

@@ -41,6 +41,14 @@ def mimo_heads(attention: Any, _heads: Heads) -> Heads:
     return Heads(n, n // attention.num_key_value_groups, attention.v_head_dim, attention.head_dim)
 
 
+class NarrowRouter(Router):
+    """Muse Spark: experts add up in fewer dimensions, before a projection to the stream."""
+
+    def absent(self, module: Any) -> Mapping[str, str]:
+        """See `Router.absent`."""
+        return {"expert_out": "experts add up in moe_hidden_size dimensions, before post_expert_proj, not in the stream's"}
+
+
 IN_GROUPS = Router("mlp.gate", "mlp.experts", SIGMOID_IN_GROUPS)
 
 SOLAR = Family("solar_open", router=IN_GROUPS)
@@ -64,6 +72,10 @@ COHERE = Family(
 SIGMOIDS = Router("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS))
 LAGUNA = Family("laguna", router=SIGMOIDS)
 MINIMAX_M3 = Family("minimax_m3_vl", router=SIGMOIDS)
+MUSE_SPARK = Family(
+    "muse_spark",
+    router=NarrowRouter("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS, eps=1e-15, scale="routed_scaling_factor")),
+)
 STEP = Family("step3p7", router=SIGMOIDS)
 DOTS = Family("dots1", router=IN_GROUPS)
 EXAONE = Family("exaone_moe", router=IN_GROUPS)
