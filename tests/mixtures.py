@@ -198,7 +198,7 @@ def route(name: str, hf: Any, layer: int, logits: Tensor, shared: Tensor | None 
         total += sum(_scores("sigmoid", dict(enumerate(shared.tolist()))).values())
     scale = getattr(config, mixture.scale) if mixture.scale else 1.0
     if name in SHARING:
-        scale *= float(block.mlp.gate.global_scale)
+        scale *= block.mlp.gate.global_scale.item()
     by_expert = block.router.per_expert_scale.tolist() if name == "gemma4" else [1.0] * len(logits)
     if name in PASSING:
         chosen = [e for e in chosen if e != len(logits) - 1]

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import sampled, tiny_model
-from mixtures import ALONE, MIXTURES, PASSING, SHARING, STREAMS, Mixture, by_hand
+from mixtures import ALONE, MIXTURES, PASSING, SHARING, STREAMS, Mixture, by_hand, shared_logits
 from packaging.version import Version
 from parity import IDS
 from transformers.models.auto import modeling_auto
@@ -145,9 +145,8 @@ def test_routers_select_as_by_hand(family: str, ids: torch.Tensor) -> None:
     torch.testing.assert_close(
         plain(run[S.router_probs[layer]]).sum(-1).double(), torch.ones(2, 7).double(), atol=1e-5, rtol=0
     )
-    indices = plain(run[S.router_indices[layer]])
-    past = (indices == run[weights].shape[-1] - 1) if family in PASSING else torch.zeros_like(indices).bool()
-    assert torch.equal(plain(run[weights]).gather(-1, indices) == 0, past) and past.any() == (family in PASSING)
+    if family not in PASSING:
+        assert (plain(run[weights]).gather(-1, plain(run[S.router_indices[layer]])) != 0).all()
     generator = torch.Generator().manual_seed(3)
     for n_banned in range(model.sizes(logits)["expert"]):
         wanted = torch.randn(run[logits].shape, generator=generator)
@@ -157,6 +156,24 @@ def test_routers_select_as_by_hand(family: str, ids: torch.Tensor) -> None:
         found = plain(edited[weights]).double()
         torch.testing.assert_close(found, by_hand(family, model.hf, layer, wanted, ids), atol=1e-6, rtol=1e-5)
         assert not found[banned].any()
+
+
+def test_a_token_that_passes_by_all_experts_says_so(ids: torch.Tensor) -> None:
+    """Zaya: the last number of a router. No banned expert stands in for none, and the next router reads what it did."""
+    model, layer = tiny_model("zaya", torch.float64), 1
+    logits, weights, indices = S.router_logits[layer], S.router_weights[layer], S.router_indices[layer]
+    chosen = plain(model.run(ids, read=indices)[indices])
+    for edit in (logits.at([1, 4]).add(60 * torch.eye(9)[8]), logits.at([2, 3]).force(8), logits.mask([0, 1, 2])):
+        run = model.run(ids, read=[logits, weights, indices], edits=edit, allow_noop=True)
+        wanted = by_hand("zaya", model.hf, layer, plain(run[logits]), ids)
+        past = plain(run[indices]) == 8
+        if edit.op == "force":
+            assert past[:, [2, 3]].all() and torch.equal(past[:, :2], chosen[:, :2] == 8)
+        else:
+            torch.testing.assert_close(plain(run[weights]).double(), wanted, atol=1e-6, rtol=1e-5)
+            assert torch.equal(past[..., 0], (wanted == 0).all(-1))
+        assert past.any() or edit.op == "mask"
+        assert torch.equal(plain(run[weights]).sum(-1) == 0, past[..., 0])
 
 
 @pytest.mark.parametrize("family", [f for f in FEWER if f.values[0] != "jetmoe"])
@@ -349,3 +366,59 @@ def test_hash_routers_have_no_logits(ids: torch.Tensor) -> None:
     assert proof is not None and (proof.held, proof.differing) == (14, 0)
     with pytest.raises(ic.SiteError, match="layer 0 has no router_logits .*a hash router: token ids choose"):
         model.run(ids, edits=S.router_logits[0].mask(1))
+
+
+def test_shared_experts_get_what_edits_leave_them(ids: torch.Tensor) -> None:
+    """Inkling weighs routed and shared experts together: a set chosen anew changes both, one that is kept neither."""
+    model, layer = tiny_model("inkling_text", torch.float64), 2
+    block = model.hf.model.layers[layer]
+    logits, weights, gate = S.router_logits[layer], S.router_weights[layer], S.shared_expert_gate[layer]
+    handed: list[torch.Tensor] = []
+    handle = block.mlp.shared_experts.register_forward_pre_hook(
+        lambda _m, _a, kwargs: handed.append(kwargs["gammas"]), with_kwargs=True
+    )
+    try:
+        plain_run = model.run(ids, read=[weights, gate])
+        runs = {op: model.run(ids, read=[logits, weights, gate], edits=edit, allow_noop=True) for op, edit in {
+            "mask": logits.mask(1), "force": logits.at(3).force([0, 1]), "add": logits.add(torch.linspace(-2, 2, 8)),
+            "keep": logits.mask(1, mode="keep"), "boost": weights.boost(1, 2.0),
+        }.items()}  # fmt: skip
+    finally:
+        handle.remove()
+    shared = shared_logits("inkling_text", model.hf, layer, ids).double().sigmoid()
+    before = plain(plain_run[gate])
+    assert before.shape == (2, 7, 2)
+    for (op, run), passed in zip(runs.items(), handed[1:], strict=True):
+        got, chosen = plain(run[gate]), plain(run[weights]) != 0
+        assert torch.equal(passed.view_as(got), got), op
+        if op in ("keep", "boost"):
+            assert torch.equal(got, before), op
+            continue
+        total = (plain(run[logits]).double().sigmoid() * chosen).sum(-1, keepdim=True) + shared.sum(-1, keepdim=True)
+        wanted = shared / total * model.hf.config.route_scale * block.mlp.gate.global_scale.detach()
+        torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(got, before), op
+
+
+@pytest.mark.parametrize("p", [None, 2.0])
+def test_dbrx_divides_by_the_norm_that_its_config_says(p: float | None, ids: torch.Tensor) -> None:
+    ffn = {"ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 3, "moe_normalize_expert_weights": p}
+    model = ic.load(testing.tiny("dbrx", ffn_config=ffn))
+    run = model.run(ids, read=S.router_weights[1], edits=S.router_logits[1].mask(2))
+    weights = plain(run[S.router_weights[1]])
+    assert run.receipts[0].routing.differing == 0 and not weights[..., 2].any()
+    assert (weights.sum(-1) < 1).all() if p is None else torch.allclose(weights.norm(dim=-1), torch.ones(2, 7))
+
+
+def test_axk2_without_groups_chooses_among_all(ids: torch.Tensor) -> None:
+    model = tiny_model("axk2", n_group=None, topk_group=None)
+    run = model.run(ids, read=[S.router_logits[2], S.router_weights[2]], edits=S.router_logits[2].mask(1))
+    wanted = by_hand("axk2", model.hf, 2, plain(run[S.router_logits[2]]), ids)
+    torch.testing.assert_close(plain(run[S.router_weights[2]]).double(), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_product_keys_have_no_router_and_dense_models_no_reason() -> None:
+    keys = {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 3}
+    why = tiny_model("doge", **keys).can("router_logits", "read") or ""
+    assert "sums of two keys' scores inside the MLP" in why
+    assert "has no mixture-of-experts router" in (tiny_model("doge").can("router_logits", "read") or "")
