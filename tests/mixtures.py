@@ -67,9 +67,7 @@ _GRANITE = Mixture("block_sparse_moe.router", "block_sparse_moe.experts", _ALL, 
 _INNER = "model.language_model.layers"
 _ARIA = Mixture("mlp.router", layers=_ALL, score="top", k="moe_topk", shared=_SHARED)
 _QWEN = Mixture(layers=_ALL, shared=("mlp.shared_expert",))
-_M3 = Mixture(
-    score="sigmoid", bias="mlp.gate.e_score_correction_bias", shared=_SHARED, after="routed_scaling_factor"
-)
+_M3 = Mixture(score="sigmoid", bias="mlp.gate.e_score_correction_bias", shared=_SHARED, after="routed_scaling_factor")
 _INKLING2 = Mixture(layers=_ALL, score="sigmoid", bias="mlp.gate.e_score_correction_bias", scale="route_scale")
 
 MIXTURES: dict[str, Mixture] = {

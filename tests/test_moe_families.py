@@ -108,7 +108,9 @@ def test_a_family_without_a_described_router_says_so(ids: torch.Tensor) -> None:
     hf = testing.tiny("qwen3_moe")
     assert isinstance(hf, Qwen3MoeForCausalLM)
     hf.config.model_type = "ernie4_5_vl_moe"
-    with pytest.raises(ic.CapabilityError, match="router_logits.*text and images have routers and experts of their own"):
+    with pytest.raises(
+        ic.CapabilityError, match="router_logits.*text and images have routers and experts of their own"
+    ):
         ic.load(hf, check=False).run(ids, read=S.router_logits)
     hf.config.model_type = "novel"
     with pytest.raises(
@@ -324,7 +326,7 @@ def test_a_correction_bias_brings_no_banned_expert_back(family: str, ids: torch.
 @pytest.mark.parametrize("family", ALONE)
 def test_routers_of_models_that_are_not_built_small_select_as_by_hand(family: str) -> None:
     """The router's class alone, of models with images that are too large or need more than a config to be built."""
-    kind, of, mixture = ALONE[family]
+    kind, of, _ = ALONE[family]
     home = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     config = getattr(transformers, of)()
     sizes = dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 8)

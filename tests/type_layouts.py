@@ -267,7 +267,7 @@ DENSE = layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", 
 DENSE["flint"] = [0, 1]
 DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
 DENSE |= {name: [] for name in NO_DENSE}
-DENSE |= dict.fromkeys(("Glm4vMoeForConditionalGeneration", "MiniMaxM3SparseForConditionalGeneration"), [0])
+DENSE |= {name: [0] for name in ("Glm4vMoeForConditionalGeneration", "MiniMaxM3SparseForConditionalGeneration")}
 DENSE |= {
     "llama4_text": [],
     "qwen3_5_moe_text": [],

@@ -1,8 +1,8 @@
 """Inkling: norms and short convolutions behind attention and MLP, and shared experts that the router weighs too.
 
-A token's routed and shared experts are weighed together: the logarithms of their sigmoids pass one softmax. The router's
-module gives the routed logits alone, so those of shared experts are worked out anew from what it reads. What other
-routed experts would be given, shared ones lose.
+A token's routed and shared experts are weighed together: the logarithms of their sigmoids pass one softmax. The
+router's module gives the routed logits alone, so those of shared experts are worked out anew from what it reads. Where
+an edit chooses other routed experts, shared ones get what these leave them.
 
 Inkling 2 has no shared experts, and no such sum.
 """

@@ -46,7 +46,9 @@ class NarrowRouter(Router):
 
     def absent(self, module: Any) -> Mapping[str, str]:
         """See `Router.absent`."""
-        return {"expert_out": "experts add up in moe_hidden_size dimensions, before post_expert_proj, not in the stream's"}
+        return {
+            "expert_out": "experts add up in moe_hidden_size dimensions, before post_expert_proj, not in the stream's"
+        }
 
 
 IN_GROUPS = Router("mlp.gate", "mlp.experts", SIGMOID_IN_GROUPS)

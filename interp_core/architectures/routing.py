@@ -69,9 +69,7 @@ def shares(scores: Tensor) -> Tensor:
     return scores / scores.sum(-1, keepdim=True)
 
 
-def in_groups(
-    scores: Tensor, n_groups: int, n_kept: int, k: int, best: int = 2, left_out: float = BANNED
-) -> Tensor:
+def in_groups(scores: Tensor, n_groups: int, n_kept: int, k: int, best: int = 2, left_out: float = BANNED) -> Tensor:
     """Top-k `[n k]` of scores `[n expert]` within the `n_kept` groups whose `best` highest ones sum to most.
 
     Args:

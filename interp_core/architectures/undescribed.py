@@ -20,8 +20,8 @@ _SEQ2SEQ = "is an encoder-decoder with a capacity per expert: which tokens an ex
 UNDESCRIBED: dict[str, str] = {
     "diffusion_gemma": "it denoises blocks of text and is no causal language model",
     "doge": (
-        "its experts are rows of two tables, chosen by sums of two keys' scores inside the MLP (DogeCDMoE), which mixes "
-        "those of tokens: no tensor has a score or a weight for each expert"
+        "its experts are rows of two tables, chosen by sums of two keys' scores inside the MLP (DogeCDMoE), which "
+        "mixes those of tokens: no tensor has a score or a weight for each expert"
     ),
     "ernie4_5_vl_moe": (
         "text and images have routers and experts of their own in one block; a site by layer would be one of them"
