@@ -170,6 +170,10 @@ class Reference:
         site = site.replace("mixer", "attn")
         if site == "attn_in" and "reads" in self.layout:
             return _output(self.module("reads", layer), fn)
+        if site == "mlp_in" and "mlp_reads" in self.layout:
+            return _output(self.module("mlp_reads", layer), fn)
+        if site == "mlp_out" and "beside" in self.layout:
+            return self._both(layer, fn)
         if site in ("attn_in", "mlp_in"):
             return _input(self.module(site.removesuffix("_in"), layer), self._shaped(fn))
         if site in ("attn_out", "mlp_out"):
@@ -195,6 +199,21 @@ class Reference:
     def _shaped(self, fn: Change) -> Change:
         """The same for modules that see batch and pos as one axis."""
         return lambda x: fn(x) if x.ndim > 2 else fn(x.reshape(*self.shape, -1)).reshape(x.shape)
+
+    @contextmanager
+    def _both(self, layer: int, fn: Change) -> Iterator[None]:
+        """The MLP's output with that of a module that runs before it beside it: change the MLP's."""
+        given: list[Tensor] = []
+
+        def remember(x: Tensor) -> Tensor:
+            given[:] = [x]
+            return x
+
+        with (
+            _output(self.module("beside", layer), remember),
+            _output(self.module("mlp_out", layer), lambda x: fn((given[0] + x) * self.scale) / self.scale - given[0]),
+        ):
+            yield
 
     @contextmanager
     def _mid(self, layer: int, fn: Change) -> Iterator[None]:

@@ -19,6 +19,10 @@ GLM4 = LLAMA | {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_lay
 PARALLEL = {key: path for key, path in LLAMA.items() if key != "mid"}
 FUSED = {key: path for key, path in LLAMA.items() if key not in "qkv"}
 LATENT = LLAMA | {"q": "self_attn.q_b_proj", "v": "self_attn.kv_b_proj"}
+SHARED = LLAMA | {
+    "mlp_reads": "post_attention_layernorm", "beside": "block_sparse_moe", "mlp_out": "shared_mlp",
+    "down": "shared_mlp.output_linear",
+}  # fmt: skip
 HYBRID = LLAMA | {
     "norm": "model.final_layernorm", "mlp": "feed_forward", "down": "feed_forward.down_proj", "mid": "pre_ff_layernorm",
     "mlp_out": "feed_forward",
@@ -166,8 +170,8 @@ LAYOUT: dict[str, dict[str, str]] = {
         "attn_out": "mlstm_layer", "mid": "norm_ffn", "mlp": "ffn", "down": "ffn.proj_down", "mlp_out": "ffn",
     },
     "lara_mini": LLAMA,
-    "granitemoeshared": LLAMA, "granitemoe_swa": LLAMA,
-    "granitemoehybrid": LLAMA,
+    "granitemoeshared": SHARED, "granitemoehybrid": SHARED,
+    "granitemoe_swa": LLAMA | {"mlp_reads": "post_attention_layernorm", "mlp_out": "block_sparse_moe"},
     "starcoder2": LLAMA | {"down": "mlp.c_proj"},
     "vaultgemma": LLAMA | {"mid": "pre_feedforward_layernorm"},
     "modernbert-decoder": {
@@ -226,8 +230,7 @@ SCALES: dict[str, Callable[[Any], float]] = {
 }
 """What blocks multiply attention and MLP by before they add them."""
 NO_DENSE = {
-    "aria_text", "cohere2_moe", "flex_olmo", "hunyuan_v1_moe", "kolibri1", "mellum", "minimax_m2", "minimax_m3_vl_text",
-    "phimoe", "solar_open",
+    "aria_text", "cohere2_moe", "flex_olmo", "hunyuan_v1_moe", "kolibri1", "mellum", "minimax_m2", "phimoe", "solar_open",
 }  # fmt: skip
 DENSE = layouts.DENSE | {family: [0] for family in (*MIXED, *LATENTLY, "afmoe", "beam") if family not in NO_DENSE}
 DENSE["flint"] = [0, 1]
@@ -260,7 +263,7 @@ LACKS: dict[str, set[str]] = {
     **{name: {*OF_ATTENTION, *OF_MLP} for name in ("mamba", "mamba2", "falcon_mamba")},
     "xlstm": OF_ATTENTION,
     "lara_mini": {"mlp_act"},
-    **{name: OF_MLP - {"resid_mid"} for name in ("granitemoeshared", "granitemoe_swa", "granitemoehybrid")},
+    "granitemoe_swa": {"mlp_act"},
     "beam": {
         "attn_out",
         "mlp_out",

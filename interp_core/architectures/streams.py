@@ -1,7 +1,7 @@
 """Families whose blocks scale or norm the stream itself, or what they add to it, in a way of their own.
 
-BEAM, Doge, MiniMax, Muse Spark and RWKV do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change
-only what they add.
+BEAM, Doge, MiniMax, Muse Spark and RWKV do so before they add; ESM C, Kolibri, MiniCPM3 and OLMo-hybrid change only
+what they add.
 
 `attn_out` and `mlp_out` are what is added, after the block's multipliers; the stream goes on as `join` says.
 """
@@ -20,7 +20,7 @@ from .deepseek_v3 import FAMILY as DEEPSEEK_V3
 from .family import Family
 from .qwen3_moe import ROUTER as QWEN_ROUTER
 from .routing import Router
-from .scored import BIAS, BiasOnLogits, sigmoid
+from .scored import BIAS, SIGMOID_IN_GROUPS, BiasOnLogits, sigmoid
 
 
 def beam_added(block: Any) -> Mapping[str, float]:
@@ -87,21 +87,24 @@ def olmo_hybrid_paths(block: Any) -> Mapping[str, str]:
     return {"blocks.ln1_post": "post_attention_layernorm", "blocks.ln2": ""}
 
 
-BEAM = Family("beam", added=beam_added, join=beam_join)
+BEAM = Family(
+    "beam",
+    added=beam_added,
+    join=beam_join,
+    router=Router("mlp.gate", "mlp.experts", replace(SIGMOID_IN_GROUPS, scale="")),
+)
 DOGE = Family("doge", join=doge_join)
 ESMC = Family(
     "esmc",
     paths={"blocks.attn": "self_attn", "blocks.mlp": "mlp", "blocks.ln2": "post_attention_layernorm"},
     added=_evenly(lambda block: 1 / block.scaling_factor),
 )
-INKLING = Family("inkling", paths={"blocks.ln1_post": "attn_sconv", "blocks.ln2_post": "mlp_sconv"})
 KOLIBRI = Family(
     "kolibri1",
     router=Router("mlp.gate", "mlp.experts", BiasOnLogits(sigmoid, BIAS, renormalise="norm_topk_prob")),
 )
 MINICPM3 = replace(DEEPSEEK_V3, name="minicpm3", router=None, added=_evenly(lambda block: block.residual_scale))
 MINIMAX = Family("minimax", added=minimax_added, join=minimax_join, router=QWEN_ROUTER)
-MUSE_SPARK = Family("muse_spark", added=muse_added, join=muse_join)
 OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)
 RWKV = Family(
     "rwkv",

@@ -85,7 +85,7 @@ _DOUBLED = {"attention_hidden_size": 128, "attention_head_dim": 32}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
-            "axk2", "bailing_hybrid", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3",
+            "bailing_hybrid", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3",
             "nemotron", "mistral_large4_text", "unlimited_ocr_text",
         ),
         _EQUAL,
@@ -98,6 +98,7 @@ OWN: dict[str, dict[str, Any]] = {
         ),
         _ENCODED,
     ),
+    "axk2": {**_EQUAL, "n_group": 4, "topk_group": 2},
     "big_bird": {"attention_type": "original_full"},
     **dict.fromkeys(
         ("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text"),
@@ -165,6 +166,8 @@ OWN: dict[str, dict[str, Any]] = {
     "granite4_vision_text": {"residual_multiplier": 0.4, "logits_scaling": 2.0, "embedding_multiplier": 3.0},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _D_HEAD),
+    "inkling_text": {"mlp_layer_types": ["dense", "sparse", "sparse"], "n_shared_experts": 2},
+    "minimax_m3_vl_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 0},
     "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"], "full_attn_idxs": None},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"]},
