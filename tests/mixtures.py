@@ -136,7 +136,7 @@ MIXTURES: dict[str, Mixture] = {
         f"{name}ForConditionalGeneration": replace(mixture, blocks=_INNER)
         for name, mixture in {
             "DeepseekOcr2": _V2, "Dots3Note": _V3, "Glm5Next": _V3, "HYV4VL": _V3, "Inkling2": _INKLING2,
-            "Inkling2Loop": _INKLING2, "MistralLarge4": _MISTRAL, "MuseSpark": _MUSE, "Step3p7": _M2, "UnlimitedOcr": _V2,
+            "Inkling2Loop": _INKLING2, "MistralLarge4": _MISTRAL, "MuseSpark": _MUSE, "Step3p7": _M2, "UnlimitedOcr": replace(_V2, groups=""),
         }.items()
     },
     "AriaForConditionalGeneration": replace(_ARIA, blocks=_INNER),

@@ -112,9 +112,9 @@ def test_blocks_with_an_image_are_read_and_edited_as_by_hand(name: str) -> None:
         assert not torch.allclose(edited.logits[:, -1], plain[:, -1], atol=1e-4)
 
 
-@pytest.mark.skipif("MiniCPMV4_6ForConditionalGeneration" not in visual(), reason="not in this transformers")
-def test_linear_attention_in_a_class_that_nobody_has_described() -> None:
-    model = ic.load(testing.tiny("MiniCPMV4_6ForConditionalGeneration"))
+@pytest.mark.parametrize("name", [name for name in ("MiniCPMV4_6", "MiniCPMV4_7") if named(name) in visual()])
+def test_linear_attention_in_a_class_that_nobody_has_described(name: str) -> None:
+    model = ic.load(testing.tiny(named(name)))
     assert model.atlas.layers("attn_out") == model.atlas.layers("mixer_out") == [0, 1, 2]
     assert model.atlas.layers("mixer_gate") == [0, 1] and model.atlas.layers("z") == [2]
 

@@ -65,6 +65,8 @@ GLM_DSA = replace(DEEPSEEK_V3, name="glm_moe_dsa")
 KIMI_LINEAR = replace(DEEPSEEK_V3, name="kimi_linear", varied=delta_paths)
 BAILING = replace(DEEPSEEK_V3, name="bailing_hybrid", varied=delta_paths)
 DOTS3 = replace(DEEPSEEK_V3, name="dots3_note")
+HY_V4 = replace(DEEPSEEK_V3, name="hy_v4")
+HY_V4_VL = replace(DEEPSEEK_V3, name="hy_v4_vl")
 GLM5_NEXT = replace(DEEPSEEK_V3, name="glm5_next", varied=delta_paths)
 YOUTU = replace(DEEPSEEK_V3, name="youtu", router=None)
 AXK2 = replace(

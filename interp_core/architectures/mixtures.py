@@ -56,8 +56,6 @@ IN_GROUPS = Router("mlp.gate", "mlp.experts", SIGMOID_IN_GROUPS)
 
 SOLAR = Family("solar_open", router=IN_GROUPS)
 MIMO = Family("mimo_v2_flash", heads=mimo_heads, inside=("v",), router=IN_GROUPS)
-HY4 = Family("hy_v4", router=IN_GROUPS)
-HY4_VL = Family("hy_v4_vl", router=IN_GROUPS)
 MELLUM = Family("mellum", router=QWEN_ROUTER)
 LARA = Family("lara_mini", paths={"blocks.linear_attn": "linear_attn"}, router=QWEN_ROUTER)
 FLINT = Family("flint", router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, renormalise="norm_topk_prob")))

@@ -67,7 +67,7 @@ def explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
             why = f"this {family.name} has no gate on a shared expert"
         elif SITES[name].visual:
             why = f"this {family.name} has no {'vision tower' if name == 'vision_embed' else 'DeepStack'}"
-        elif name == "mlp_act" and "expert_out" in present:
+        elif name == "mlp_act" and "router_weights" in present:
             why = f"every MLP of this {family.name} is a mixture of experts; see expert_out"
         elif name == "ssm_state":
             other = set(atlas.components.layers("mixer")) - set(atlas.components.layers("attn"))
