@@ -279,7 +279,13 @@ LACKS: dict[str, set[str]] = {
     **{name: {"rot_q", "rot_k", "scores", "pattern", "final_norm"} for name in ("mvp", "trocr")},
     "git": {"rot_q", "rot_k", "scores", "final_norm"},
     "kosmos_2_5": {"rot_q", "rot_k"},
-    "muse_spark": {"mlp_act", "attn_out", "mixer_out", "resid_mid", "mlp_out"},  # TODO factors
+    "muse_spark": {
+        "mlp_act",
+        "attn_out",
+        "mixer_out",
+        "resid_mid",
+        "mlp_out",
+    },  # what is added has a share; no hook is written
     "qwen4_exp": {"resid_pre", "attn_out", "mixer_out", "resid_mid", "mlp_act", "mlp_out", "resid_post", "final_norm"},
     "bigbird_pegasus": {"rot_q", "rot_k"},
     "bloom": {"rot_q", "rot_k", "scores"},
