@@ -61,6 +61,13 @@ def counts(types: Mapping[str, Mapping[str, Any]], engine: str = "torch") -> lis
     ]
 
 
+def counts_of_images(classes: Mapping[str, Mapping[str, Any]]) -> str:
+    """A sentence with the numbers of the classes of images and text."""
+    words = Counter(row["torch"]["word"] for row in classes.values())
+    said = ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
+    return f"{len(classes)} classes of images and text, measured on text alone: {said}."
+
+
 def sites_of(cell: Mapping[str, Any]) -> list[str]:
     """Sites that are served."""
     return [*cell.get("held", "").split(), *cell.get("unheld", "").split()]
@@ -68,12 +75,20 @@ def sites_of(cell: Mapping[str, Any]) -> list[str]:
 
 def listing(types: Mapping[str, Mapping[str, Any]], width: int | None = None) -> str:
     """All types, with a word for each engine."""
-    rows = [("type", *ENGINES, "class")]
-    rows += [
-        (name, *(row[engine]["word"] if engine in row else "–" for engine in ENGINES), row.get("class", "–"))
-        for name, row in types.items()
-    ]
-    return "\n".join(aligned(rows, width, keep=2))
+    return _table(types, ("type", *ENGINES, "class"), width)
+
+
+def listing_of_images(classes: Mapping[str, Mapping[str, Any]], width: int | None = None) -> str:
+    """All classes of images and text, with a word for each engine."""
+    return _table(classes, ("class", *ENGINES), width)
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]], head: tuple[str, ...], width: int | None) -> str:
+    lines = [head]
+    for name, row in rows.items():
+        words = (row[engine]["word"] if engine in row else "–" for engine in ENGINES)
+        lines.append((name, *words, row.get("class", "–"))[: len(head)])
+    return "\n".join(aligned(lines, width, keep=2))
 
 
 def row_of(model_type: str) -> dict[str, Any]:

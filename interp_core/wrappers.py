@@ -89,7 +89,7 @@ def with_its_head(model: Any) -> Any:
     kind, causal = type(model).__name__, _causal(type(model.config))
     called = next((name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)), "")
     if not called or causal is None:
-        raise LoadError(f"{kind} has no output embeddings; {with_head(model.config)}")
+        raise LoadError(f"{kind} has no output embeddings; {_head_inside(model) or with_head(model.config)}")
     with torch.device("meta"):
         shell = causal(model.config)
     heads = [name for name, part in shell.named_children() if part is shell.get_output_embeddings()]
@@ -116,6 +116,14 @@ def with_its_head(model: Any) -> Any:
         "pools, or has layers of its own), so there is no site logits; pass the model with its language modelling "
         f"head, such as {causal.__name__}"
     )
+
+
+def _head_inside(model: Any) -> str:
+    """What a message says where a part of a model, such as its language model, is one with a head; "" if none is."""
+    for name, part in model.named_children():
+        if hasattr(part, "get_output_embeddings") and part.get_output_embeddings() is not None:
+            return f"the part that has them can be loaded alone, model.{name}, which is a {type(part).__name__}"
+    return ""
 
 
 def _causal(config: type) -> Any:

@@ -110,7 +110,7 @@ def routers() -> list[str]:
             logits, weights = (ic.sites.named(name) for name in ("router_logits", "router_weights"))
             run = model.run(IDS, read=[site[layer] for site in (logits, weights) for layer in mixture.layers])
             apart = [
-                run[weights[i]].plain.double() - routed_by_hand(family, model.hf, i, run[logits[i]].plain)
+                run[weights[i]].plain.double() - routed_by_hand(family, model.hf, i, run[logits[i]].plain, IDS)
                 for i in mixture.layers
             ]
             cells.append(max(float(x.abs().max()) for x in apart))

@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from interp_core.compatibility import ENGINES, FILE, WORDS, counts, sites_of  # noqa: E402
+from interp_core.compatibility import ENGINES, FILE, WORDS, counts, counts_of_images, sites_of  # noqa: E402
 from interp_core.files import write  # noqa: E402
 from interp_core.testing.types import types, visual  # noqa: E402
 
@@ -128,12 +128,7 @@ def page(known: dict[str, Any]) -> str:
     lines += ["", "| word | means |", "|---|---|", *(f"| **{word}** | {means} |" for word, means in WORDS.items())]
     lines += [MEANING.rstrip(), "", "## Types × engines", "", *_table("type", types)]
     pictures = known["visual"]
-    words = Counter(row["torch"]["word"] for row in pictures.values())
-    lines += ["", "## Models that take images × engines", ""]
-    said = ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
-    lines += [
-        f"The {len(pictures)} classes in transformers' mapping of images and text to text, on text alone: {said}."
-    ]
+    lines += ["", "## Models that take images × engines", "", counts_of_images(pictures)]
     lines += ["Images, towers and grids: [families](families.md#images).", "", *_table("class", pictures)]
     lines += ["", "## What is missing on `torch`, and why", ""]
     for name, row in (types | pictures).items():

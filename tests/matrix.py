@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from mixtures import MIXTURES
+from mixtures import MIXTURES, mixture_of
 from mixtures import by_hand as routed_by_hand
 from parity import IDS, apart, cell
 from reference import Reference
@@ -91,9 +91,9 @@ def distances(model: ic.Model, model_type: str) -> Iterator[tuple[str, float]]:
         for site in reference.sites():
             if not model.can(site, "read"):
                 yield site, max(cell(model, reference, site, edit=not model.can(site, "write")))
-    family = model.atlas.family.name
-    if family in MIXTURES and MIXTURES[family].blocks in dict(model.hf.named_modules()):
-        yield from routed(model, f"{MIXTURES[family].blocks}.{{}}.{MIXTURES[family].experts}", family)
+    name = mixture_of(model_type, model.atlas.family.name)
+    if name and MIXTURES[name].blocks in dict(model.hf.named_modules()):
+        yield from routed(model, f"{MIXTURES[name].blocks}.{{}}.{MIXTURES[name].experts}", name)
     elif reference is not None and "experts" in reference.layout:
         yield from routed(model, f"{reference.layout['blocks']}.{{}}.{reference.layout['experts']}", "")
 
@@ -124,7 +124,7 @@ def routed(model: ic.Model, experts: str, family: str) -> Iterator[tuple[str, fl
             if name in ("router_logits", "router_weights") and family and layer in atlas.layers("router_logits"):
                 logits = run[Site("router_logits", layer)].plain
                 weights = run[Site("router_weights", layer)].plain.double()
-                off.append(apart(weights - routed_by_hand(family, model.hf, layer, logits)))
+                off.append(apart(weights - routed_by_hand(family, model.hf, layer, logits, IDS)))
             elif name == "router_probs":
                 off.append(apart(x.sum(-1) - 1))
             elif name == "router_indices":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Mixture:
         scale: of the config, the factor on weights.
         k: of the config, how many experts a token has.
         shared: modules whose outputs are added to the experts'.
+        after: attribute of the MLP that multiplies what experts add up to.
     """
 
     router: str = "mlp.gate"
@@ -42,6 +44,7 @@ class Mixture:
     scale: str = ""
     k: str = "num_experts_per_tok"
     shared: tuple[str, ...] = ()
+    after: str = ""
     blocks: str = "model.layers"
 
     def block(self, hf: nn.Module, layer: int) -> nn.Module:
@@ -57,11 +60,21 @@ _V3 = Mixture(
     scale="routed_scaling_factor",
     shared=_SHARED,
 )
+_V2 = Mixture(groups="one", normed=False, scale="routed_scaling_factor", shared=_SHARED)
+_MISTRAL = Mixture(groups="two", scale="routed_scaling_factor", shared=_SHARED)
 _GRANITE = Mixture("block_sparse_moe.router", "block_sparse_moe.experts", _ALL, score="top", shared=("shared_mlp",))
+
+_INNER = "model.language_model.layers"
+_ARIA = Mixture("mlp.router", layers=_ALL, score="top", k="moe_topk", shared=_SHARED)
+_QWEN = Mixture(layers=_ALL, shared=("mlp.shared_expert",))
+_M3 = Mixture(score="sigmoid", bias="mlp.gate.e_score_correction_bias", shared=_SHARED, after="routed_scaling_factor")
+_M2 = Mixture(score="sigmoid", bias="mlp.gate.e_score_correction_bias")
+_MUSE = replace(_M2, layers=_ALL, scale="routed_scaling_factor")
+_INKLING2 = Mixture(layers=_ALL, score="sigmoid", bias="mlp.gate.e_score_correction_bias", scale="route_scale")
 
 MIXTURES: dict[str, Mixture] = {
     "phimoe": Mixture("mlp.router", layers=_ALL, score="slots"),
-    "deepseek_v2": Mixture(groups="one", normed=False, scale="routed_scaling_factor", shared=_SHARED),
+    "deepseek_v2": _V2,
     "ernie4_5_moe": Mixture(bias="mlp.gate.moe_statics.e_score_correction_bias", k="moe_k", shared=_SHARED),
     "minimax": Mixture(layers=_ALL),
     "minimax_m2": Mixture(layers=_ALL, score="sigmoid", bias="mlp.e_score_correction_bias"),
@@ -83,7 +96,7 @@ MIXTURES: dict[str, Mixture] = {
     ),
     "afmoe": Mixture("mlp.router", score="sigmoid", bias="mlp.expert_bias", scale="route_scale", shared=_SHARED),
     "flex_olmo": Mixture(layers=_ALL, normed=False),
-    "mistral4": Mixture(groups="two", scale="routed_scaling_factor", shared=_SHARED),
+    "mistral4": _MISTRAL,
     "deepseek_v4": Mixture(
         score="sqrtsoftplus", bias="mlp.gate.e_score_correction_bias", scale="routed_scaling_factor", shared=_SHARED
     ),
@@ -92,7 +105,7 @@ MIXTURES: dict[str, Mixture] = {
         k="moe_topk",
     ),
     "jetmoe": Mixture("mlp.router", "mlp.output_linear", _ALL, score="top"),
-    "aria": Mixture("mlp.router", layers=_ALL, score="top", k="moe_topk", shared=_SHARED),
+    "aria": _ARIA,
     "axk1": _V3,
     "deepseek_v32": _V3,
     "glm_moe_dsa": _V3,
@@ -110,28 +123,93 @@ MIXTURES: dict[str, Mixture] = {
     "glm4v_moe": replace(_V3, blocks="model.language_model.layers"),
     "qwen3_omni_moe_thinker": Mixture(layers=_ALL, blocks="model.language_model.layers"),
     "granitemoe_swa": replace(_GRANITE, shared=()),
+    "dbrx": Mixture("ffn.router", "ffn.experts", _ALL, k="ffn_config.moe_top_k", blocks="transformer.blocks"),
+    "minimax_m3_vl_text": _M3,
+    "MiniMaxM3SparseForConditionalGeneration": replace(_M3, blocks=_INNER),
+    "qwen4_exp_text": _QWEN,
+    "qwen4_exp": _QWEN,
+    "Qwen4ExpForConditionalGeneration": replace(_QWEN, blocks=_INNER),
+    "Qwen3VLMoeForConditionalGeneration": Mixture(layers=_ALL, blocks=_INNER),
+    "Qwen3_5MoeForConditionalGeneration": replace(_QWEN, blocks=_INNER),
+    "Kimi_K25ForConditionalGeneration": replace(_V3, blocks=_INNER),
+    **{
+        f"{name}ForConditionalGeneration": replace(mixture, blocks=_INNER)
+        for name, mixture in {
+            "DeepseekOcr2": _V2, "Dots3Note": _V3, "Glm5Next": _V3, "HYV4VL": _V3, "Inkling2": _INKLING2,
+            "Inkling2Loop": _INKLING2, "MistralLarge4": _MISTRAL, "MuseSpark": _MUSE, "Step3p7": _M2, "UnlimitedOcr": replace(_V2, groups=""),
+        }.items()
+    },
+    "AriaForConditionalGeneration": replace(_ARIA, blocks=_INNER),
+    "hy_v4": _V3,
+    "dots3_note_text": _V3,
+    "dots3_note": _V3,
+    "axk2": replace(_V3, groups="two, or nothing"),
+    "beam": replace(_V3, scale="", shared=(), after="routed_scaling_factor"),
+    "inkling_text": Mixture(
+        score="sigmoid", bias="mlp.gate.e_score_correction_bias", scale="route_scale", shared=_SHARED
+    ),
+    "inkling2_text": _INKLING2,
+    "inkling2_loop_text": _INKLING2,
+    "zaya": Mixture(layers=_ALL, bias="mlp.gate.balancing_biases", normed=False),
 }  # fmt: skip
+"""By family, or by the model type or class that a tiny model of is built by."""
+ALONE: dict[str, tuple[str, str, Mixture]] = {
+    "deepseek_ocr2": ("DeepseekOcr2TextTopkRouter", "DeepseekOcr2TextConfig", _V2),
+    "glm5_next": ("Glm5NextTextTopkRouter", "Glm5NextTextConfig", _V3),
+    "hy_v4_vl": ("HYV4VLTopkRouter", "HYV4VLTextConfig", _V3),
+    "mistral_large4": ("MistralLarge4TextTopkRouter", "MistralLarge4TextConfig", _MISTRAL),
+    "muse_spark": ("MuseSparkTopkRouter", "MuseSparkTextConfig", _MUSE),
+    "step3p7": ("Step3p7TopKRouter", "Step3p7TextConfig", _M2),
+    "unlimited_ocr": ("UnlimitedOcrTextTopkRouter", "UnlimitedOcrTextConfig", _V2),
+}
+"""Families whose routers are held alone: names of the router's class and its config's."""
+STREAMS = (
+    "Glm5NextForConditionalGeneration", "HYV4VLForConditionalGeneration", "Inkling2ForConditionalGeneration",
+    "Inkling2LoopForConditionalGeneration", "MuseSparkForConditionalGeneration", "Qwen4ExpForConditionalGeneration",
+    "deepseek_v4", "hy_v4", "inkling2_loop_text", "inkling2_text", "inkling_text",
+    "qwen4_exp", "qwen4_exp_text", "zaya",
+)  # fmt: skip
+"""Whose blocks pass several streams on, or do more with what the MLP gives than to add it."""
+SHARING = ("inkling_text",)
+"""Whose routed experts are weighed along with shared ones, by logits of the router's."""
+PASSING = ("zaya",)
+"""Whose last expert stands for none."""
 
 
-def route(family: str, hf: Any, layer: int, logits: Tensor) -> Numbers:
-    """Executed weights of one token, by expert."""
-    mixture, config = MIXTURES[family], hf.config.get_text_config()
+def mixture_of(model_type: str, family: str) -> str:
+    """The name in `MIXTURES` for a model type; "" if there is none."""
+    return next((name for name in (model_type, family) if name in MIXTURES), "")
+
+
+def route(name: str, hf: Any, layer: int, logits: Tensor, shared: Tensor | None = None) -> Numbers:
+    """Executed weights of one token, by expert.
+
+    Args:
+        shared: the token's logits of shared experts, where these are weighed too.
+    """
+    mixture, config = MIXTURES[name] if name in MIXTURES else ALONE[name][2], hf.config.get_text_config()
     block = mixture.block(hf, layer)
     left = {e: float(z) for e, z in enumerate(logits.tolist()) if z != float("-inf")}
-    k = getattr(config, mixture.k)
+    k = attrgetter(mixture.k)(config)
     if mixture.score == "slots":
         return _slots(left, k, config.router_jitter_noise)
     scores = _scores(mixture.score, left)
     bias = _attribute(block, mixture.bias).flatten().tolist() if mixture.bias else [0.0] * len(logits)
     choice = {e: score + bias[e] for e, score in (left if mixture.score == "sigmoid of the biased" else scores).items()}
-    if mixture.groups:
+    if mixture.groups and config.n_group:
         choice = _best_groups(choice, len(logits) // config.n_group, config.topk_group, mixture.groups)
     chosen = sorted(choice, key=lambda e: -choice[e])[:k]
     if mixture.score == "top":
         return _scores("softmax", {e: left[e] for e in chosen})
     total = sum(scores[e] for e in chosen) if mixture.normed else 1.0
+    if shared is not None:
+        total += sum(_scores("sigmoid", dict(enumerate(shared.tolist()))).values())
     scale = getattr(config, mixture.scale) if mixture.scale else 1.0
-    by_expert = block.router.per_expert_scale.tolist() if family == "gemma4" else [1.0] * len(logits)
+    if name in SHARING:
+        scale *= block.mlp.gate.global_scale.item()
+    by_expert = block.router.per_expert_scale.tolist() if name == "gemma4" else [1.0] * len(logits)
+    if name in PASSING:
+        chosen = [e for e in chosen if e != len(logits) - 1]
     return {e: scores[e] / total * scale * by_expert[e] for e in chosen}
 
 
@@ -148,14 +226,16 @@ def _scores(kind: str, logits: Numbers) -> Numbers:
 
 
 def _best_groups(choice: Numbers, size: int, kept: int, count: str) -> Numbers:
-    """Experts of the groups that are worth most, by their best or their two best experts."""
+    """Experts of the groups that are worth most, by their best or their two best experts; others are out, or count
+    nothing."""
     groups: dict[int, list[int]] = {}
     for expert in choice:
         groups.setdefault(expert // size, []).append(expert)
-    n = {"one": 1, "two": 2}[count]
+    n = 1 if count == "one" else 2
     worth = {g: sum(sorted((choice[e] for e in group), reverse=True)[:n]) for g, group in groups.items()}
     best = sorted(worth, key=lambda g: -worth[g])[:kept]
-    return {e: choice[e] for g in best for e in groups[g]}
+    rest = [e for g in groups if g not in best for e in groups[g]] if "nothing" in count else []
+    return {e: choice[e] for g in best for e in groups[g]} | dict.fromkeys(rest, 0.0)
 
 
 def _slots(logits: Numbers, k: int, jitter: float) -> Numbers:
@@ -176,11 +256,26 @@ def _attribute(block: nn.Module, path: str) -> Tensor:
     return value
 
 
-def by_hand(family: str, hf: Any, layer: int, logits: Tensor) -> Tensor:
-    """Executed weights `[batch pos expert]` of logits."""
+def by_hand(name: str, hf: Any, layer: int, logits: Tensor, ids: Tensor) -> Tensor:
+    """Executed weights `[batch pos expert]` of logits, for what a layer reads of some texts."""
     dense = torch.zeros(logits.shape, dtype=torch.float64)
+    shared = shared_logits(name, hf, layer, ids) if name in SHARING else None
     for b, row in enumerate(logits):
         for p, token in enumerate(row):
-            for expert, weight in route(family, hf, layer, token).items():
+            beside = None if shared is None else shared[b, p]
+            for expert, weight in route(name, hf, layer, token, beside).items():
                 dense[b, p, expert] = weight
     return dense
+
+
+def shared_logits(name: str, hf: Any, layer: int, ids: Tensor) -> Tensor:
+    """A router's logits of shared experts `[batch pos shared]`, in a plain pass."""
+    gate = MIXTURES[name].block(hf, layer).get_submodule(MIXTURES[name].router)
+    read: list[Tensor] = []
+    handle = gate.register_forward_hook(lambda _m, args, _o: read.append(args[0]))
+    try:
+        with torch.no_grad():
+            hf(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    return (read[0].float() @ gate.weight.detach().float().T)[..., -gate.n_shared_experts :]

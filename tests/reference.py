@@ -33,6 +33,7 @@ from type_layouts import (
     SOME,
     WIDE_QUERIES,
 )
+from visual_layouts import AROUND
 
 Change = Callable[[Tensor], Tensor]
 
@@ -43,7 +44,9 @@ class Reference:
     """A tiny model of one family, in eager attention, with hooks written by hand."""
 
     def __init__(self, family: str, hf: nn.Module) -> None:
-        self.family, self.hf, self.layout, self.kin = family, hf, LAYOUT[family], KIN.get(family, family)
+        self.hf, self.layout = hf, LAYOUT[family]
+        family = self.family = AROUND.get(family, (family, ""))[0]
+        self.kin = KIN.get(family, family)
         self.n_layers = len(hf.get_submodule(self.layout["blocks"]))
         self.at(0)
         self.scale = SCALES[family](hf.config.get_text_config()) if family in SCALES else 1.0
@@ -202,11 +205,15 @@ class Reference:
             return _output(self.module("", layer).get_submodule(STATES[self.family]), fn)
         if site in ("attn_in", "mixer_in") and (key := next((k for k in (site, "reads") if k in self.layout), "")):
             return _output(self.module(key, layer), fn)
+        if site == "mlp_in" and "mlp_reads" in self.layout:
+            return _output(self.module("mlp_reads", layer), fn)
         if site in ("attn_in", "mixer_in", "mlp_in"):
             key = "mlp" if site == "mlp_in" else "attn" if site == "attn_in" and layer in self.layers("q") else "mixer"
             return _input(self.module(key, layer), self._shaped(fn))
         if site in ("attn_out", "mixer_out"):
             return self._mixed(layer, lambda added, _start: fn(added))
+        if site == "mlp_out" and "beside" in self.layout and self.family not in BESIDE:
+            return self._both(layer, fn)
         if site == "mlp_out":
             factor = self.factor(site, layer)
             return _output(self.adding(site, layer), self._shaped(lambda x: fn(x * factor) / factor))
@@ -234,6 +241,21 @@ class Reference:
     def _shaped(self, fn: Change) -> Change:
         """The same for modules that see batch and pos as one axis."""
         return lambda x: fn(x) if x.ndim > 2 else fn(x.reshape(*self.shape, -1)).reshape(x.shape)
+
+    @contextmanager
+    def _both(self, layer: int, fn: Change) -> Iterator[None]:
+        """The MLP's output with that of a module that runs before it beside it: change the MLP's."""
+        given: list[Tensor] = []
+
+        def remember(x: Tensor) -> Tensor:
+            given[:] = [x]
+            return x
+
+        with (
+            _output(self.module("beside", layer), remember),
+            _output(self.module("mlp_out", layer), lambda x: fn((given[0] + x) * self.scale) / self.scale - given[0]),
+        ):
+            yield
 
     @contextmanager
     def _mixed(self, layer: int, fn: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:

@@ -184,6 +184,7 @@ def lacking(name: str, file: str) -> list[str]:
     """What a family that is declared, or that has a tiny model, still lacks: one sentence for each place."""
     page = (ROOT / "docs/families.md").read_text()
     small = {*FAMILIES, *ic.testing.mixtures(), *test_streams.MODELS, *types()}
+    small |= {name.removesuffix("_text") for name in types()}
     tried = {target.partition(":")[0] for other, target in DECLARED.items() if other in small}
     sentences = []
     if file and f"`{name}`" not in page:

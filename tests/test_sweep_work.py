@@ -200,3 +200,12 @@ def test_a_finished_sweep_runs_nothing(strategy: str, tmp_path: Path, monkeypatc
     for kept, swept in zip(again, first, strict=True):
         for tensor in ("values", "clean", "moved"):
             assert torch.equal(getattr(kept, tensor), getattr(swept, tensor))
+
+
+def test_layers_of_different_sizes_are_swept() -> None:
+    """Gemma 4's heads are wider in every third layer, and its config has no size of them all."""
+    model = ic.load(testing.tiny("gemma4_text", dtype=torch.float64))
+    ids, edits = torch.tensor([[5, 17, 33, 8, 61]]), [S.z[1, 0].zero(), S.resid_post[0].at(2).zero()]
+    swept = model.sweep(ids, edits, score.logit(3, at=-1))
+    by_runs = torch.tensor([model.run(ids, edits=edit).logits[0, -1, 3] for edit in edits])
+    assert torch.allclose(swept.values[:, 0].double(), by_runs.double(), atol=1e-6)

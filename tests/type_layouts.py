@@ -14,11 +14,16 @@ import layouts
 from hybrid_layouts import LATENT
 from layouts import LLAMA, SANDWICH
 from torch import Tensor
+from visual_layouts import around
 
 POST = LLAMA | {"mid": "mlp", "attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 GLM4 = LLAMA | {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"}
 PARALLEL = {key: path for key, path in LLAMA.items() if key != "mid"}
 FUSED = {key: path for key, path in LLAMA.items() if key not in "qkv"}
+SHARED = LLAMA | {
+    "mlp_reads": "post_attention_layernorm", "beside": "block_sparse_moe", "mlp_out": "shared_mlp",
+    "down": "shared_mlp.output_linear",
+}  # fmt: skip
 HYBRID = LLAMA | {
     "norm": "model.final_layernorm", "mlp": "feed_forward", "down": "feed_forward.down_proj", "mid": "pre_ff_layernorm",
     "mlp_out": "feed_forward",
@@ -79,7 +84,7 @@ MIXED = (
 )  # fmt: skip
 """Types with Llama's blocks and experts in some layers or all."""
 LATENTLY = (
-    "axk1", "axk2", "deepseek_v2", "dots3_note", "dots3_note_text", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu",
+    "axk1", "axk2", "deepseek_v2", "dots3_note", "dots3_note_text", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "mistral_large4", "youtu",
 )  # fmt: skip
 """Types whose keys and values come out of a latent."""
 NORMED = ("bart", "blenderbot-small", "marian", "mvp", "plbart", "trocr")
@@ -91,27 +96,6 @@ BERTS = {
     "rembert": "rembert", "roc_bert": "roc_bert", "roformer": "roformer", "xmod": "roberta",
 }  # fmt: skip
 """BERT and its kin, and what their encoder is called."""
-AROUND_LLAMA = (
-    "AriaForConditionalGeneration", "Cosmos3OmniForConditionalGeneration", "DeepseekVLForConditionalGeneration",
-    "DeepseekVLHybridForConditionalGeneration", "Glm4vMoeForConditionalGeneration", "GotOcr2ForConditionalGeneration",
-    "InternVLForConditionalGeneration", "LightOnOcrForConditionalGeneration", "LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration", "LlavaNextVideoForConditionalGeneration",
-    "LlavaOnevisionForConditionalGeneration", "MiniMaxM3SparseForConditionalGeneration",
-    "Mistral3ForConditionalGeneration", "MllamaForConditionalGeneration", "Ovis2ForConditionalGeneration",
-    "PaddleOCRVLForConditionalGeneration", "PaliGemmaForConditionalGeneration", "QianfanOCRForConditionalGeneration",
-    "Qwen2VLForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration", "Qwen3OmniMoeThinkerForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration", "VideoLlama3ForConditionalGeneration",
-    "VideoLlavaForConditionalGeneration", "VipLlavaForConditionalGeneration",
-)  # fmt: skip
-"""Classes of images and text around a language model with Llama's blocks."""
-NO_DENSE_AROUND = (
-    "AriaForConditionalGeneration", "MiniMaxM3SparseForConditionalGeneration",
-    "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration",
-)  # fmt: skip
-PARALLEL_AROUND = (
-    "AyaVisionForConditionalGeneration", "Cohere2VisionForConditionalGeneration", "CohereCompassForConditionalGeneration",
-)  # fmt: skip
 KIN = {
     "llama4_text": "llama4", "qwen3_5_moe_text": "qwen3_5_moe", "sarvam_mla": "deepseek_v3", "sarvam_moe": "glm4_moe",
 }  # fmt: skip
@@ -128,6 +112,7 @@ LAYOUT: dict[str, dict[str, str]] = {
     **dict.fromkeys(("got_ocr2", "moss_transcribe_diarize"), inside(LLAMA, "model.language_model")),
     "gemma4": SANDWICH,
     "gemma4_unified": inside(SANDWICH, "model.language_model"),
+    "mistral_large4": LATENT | {"q": "self_attn.q_proj"},
     "axk2": LATENT | {"q": "self_attn.q_gate_proj"},
     "afmoe": SANDWICH | {"mid": "pre_mlp_layernorm", "mlp_out": "post_mlp_layernorm"},
     "beam": SANDWICH,
@@ -138,6 +123,10 @@ LAYOUT: dict[str, dict[str, str]] = {
         "attn": "norm_attn_norm.attn", "qkv": "norm_attn_norm.attn.Wqkv", "o": "norm_attn_norm.attn.out_proj",
         "mlp": "ffn", "mid": "norm_attn_norm.norm_2", "attn_out": "norm_attn_norm.attn", "mlp_out": "ffn",
     },
+    "git": encoder("git", BERT | {"pattern": "attention.self.dropout"}),
+    "kosmos_2_5": decoder("text_model.model", BART | {"mid": "final_layer_norm", "mlp": "ffn", "down": "ffn.fc2", "mlp_out": "ffn"}),
+    "muse_spark": SANDWICH,
+    "qwen4_exp": LLAMA,
     "ctrl": {
         "embed": "transformer.w", "blocks": "transformer.h", "norm": "transformer.layernorm",
         "attn": "multi_head_attention", "q": "multi_head_attention.Wq", "k": "multi_head_attention.Wk",
@@ -183,8 +172,8 @@ LAYOUT: dict[str, dict[str, str]] = {
         "attn_out": "mlstm_layer", "mid": "norm_ffn", "mlp": "ffn", "down": "ffn.proj_down", "mlp_out": "ffn",
     },
     "lara_mini": LLAMA,
-    "granitemoeshared": LLAMA, "granitemoe_swa": LLAMA,
-    "granitemoehybrid": LLAMA,
+    "granitemoeshared": SHARED, "granitemoehybrid": SHARED,
+    "granitemoe_swa": LLAMA | {"mlp_reads": "post_attention_layernorm", "mlp_out": "block_sparse_moe"},
     "starcoder2": LLAMA | {"down": "mlp.c_proj"},
     "vaultgemma": LLAMA | {"mid": "pre_feedforward_layernorm"},
     "modernbert-decoder": {
@@ -193,22 +182,6 @@ LAYOUT: dict[str, dict[str, str]] = {
         "mid": "mlp_norm", "attn_out": "attn", "mlp_out": "mlp",
     },
     **{name: layouts.LAYOUT[kin] for name, kin in KIN.items()},
-    **dict.fromkeys(AROUND_LLAMA, inside(LLAMA, "model.language_model")),
-    **dict.fromkeys(PARALLEL_AROUND, inside(PARALLEL, "model.language_model")),
-    **{
-        f"{name}ForConditionalGeneration": inside(SANDWICH, "model.language_model")
-        for name in ("Gemma3", "Gemma4", "Gemma4Unified", "MuseGlimmer")
-    },
-    **{
-        f"{name}ForConditionalGeneration": inside(GLM4, "model.language_model") for name in ("Glm46V", "Glm4v", "GlmOcr")
-    },
-    **{
-        f"{name}ForConditionalGeneration": inside(LLAMA, "model.text_model") for name in ("Idefics2", "Idefics3", "SmolVLM")
-    },
-    "EvollaForProteinText2Text": LLAMA,
-    "Exaone4_5_ForConditionalGeneration": inside(POST, "model.language_model"),
-    "HyperCLOVAXVisionV2ForConditionalGeneration": inside(LLAMA, "model.language_model")
-    | {"attn_out": "post_norm1", "mlp_out": "post_norm2"},
     **{name: encoder(model) for name, model in BERTS.items()},
     "xmod": encoder("roberta", BERT | {"mid_out": "attention"}),
     "roberta-prelayernorm": encoder("roberta_prelayernorm", PRE),
@@ -233,11 +206,10 @@ LAYOUT: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 """Module names by type."""
+LAYOUT |= around(LAYOUT)
 WIDE_QUERIES = {"deepseek_v3", "sarvam_mla", *LATENTLY, *hybrid_layouts.WIDE_QUERIES}
 """Queries and keys are wider than values, which lie per head behind a part of its key."""
 MIXED_VALUES = hybrid_layouts.MIXED_VALUES | {
-    "Gemma4ForConditionalGeneration",
-    "Gemma4UnifiedForConditionalGeneration",
     "gemma3n_text",
     "gemma4",
     "gemma4_text",
@@ -258,8 +230,7 @@ SCALES: dict[str, Callable[[Any], float]] = {
 }
 """What blocks multiply attention and MLP by before they add them."""
 NO_DENSE = {
-    "aria_text", "cohere2_moe", "flex_olmo", "hunyuan_v1_moe", "kolibri1", "mellum", "minimax_m2", "minimax_m3_vl_text",
-    "phimoe", "solar_open",
+    "aria_text", "cohere2_moe", "flex_olmo", "hunyuan_v1_moe", "kolibri1", "mellum", "minimax_m2", "phimoe", "solar_open",
 }  # fmt: skip
 DENSE = (
     layouts.DENSE
@@ -268,7 +239,7 @@ DENSE = (
 )
 DENSE["flint"] = [0, 1]
 DENSE |= {family: [0, 1, 2] for family in ("minicpm3", "youtu")}
-DENSE |= {name: [] for name in NO_DENSE} | {"Glm4vMoeForConditionalGeneration": [0]}
+DENSE |= {name: [] for name in NO_DENSE}
 DENSE |= {
     "llama4_text": [],
     "qwen3_5_moe_text": [],
@@ -293,25 +264,40 @@ LACKS: dict[str, set[str]] = {
     "falcon": {"resid_mid"},
     "codegen": {"resid_mid"},
     "dbrx": {"mlp_act"},
-    **{name: {"mlp_act"} for name in NO_DENSE_AROUND},
-    **{name: {"resid_mid"} for name in PARALLEL_AROUND},
     **{name: {*OF_ATTENTION, *OF_MLP} for name in ("mamba", "mamba2", "falcon_mamba")},
     "xlstm": OF_ATTENTION,
     "lara_mini": {"mlp_act"},
-    **{name: OF_MLP - {"resid_mid"} for name in ("granitemoeshared", "granitemoe_swa", "granitemoehybrid")},
+    "granitemoe_swa": {"mlp_act"},
+    "beam": {
+        "attn_out",
+        "mlp_out",
+        "mixer_out",
+        "resid_mid",
+    },  # each counts by how many were added; tests/test_streams.py
     "ctrl": {"rot_q", "rot_k"},
     **{name: {"rot_q", "rot_k", "final_norm"} for name in (*BERTS, *NORMED, "roberta-prelayernorm", "xlm-roberta-xl")},
     "xmod": {"rot_q", "rot_k", "final_norm", "mlp_out"},
     "megatron-bert": {"rot_q", "rot_k", "final_norm"},
     "roformer": {"final_norm"},
     **{name: {"rot_q", "rot_k"} for name in (*PRENORMED, "xglm", "biogpt")},
+    "kosmos_2_5": {"rot_q", "rot_k"},
+    "muse_spark": {
+        "mlp_act",
+        "attn_out",
+        "mixer_out",
+        "resid_mid",
+        "mlp_out",
+    },  # what is added has a share; no hook is written
+    "qwen4_exp": {"resid_pre", "attn_out", "mixer_out", "resid_mid", "mlp_act", "mlp_out", "resid_post", "final_norm"},
     "bigbird_pegasus": {"rot_q", "rot_k"},
     **{name: {"rot_q", "rot_k"} for name in ("bloom", "mpt")},
     **{name: {"rot_q", "rot_k", "final_norm"} for name in ("git", "GitForCausalLM", "openai-gpt")},
 }
 """What a type does not have, or what no hook here is written for."""
 LINEAR = (
-    layouts.LINEAR | hybrid_layouts.LINEAR | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1]}
+    layouts.LINEAR
+    | hybrid_layouts.LINEAR
+    | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1], "qwen4_exp": [0, 1]}
 )
 """Layers with linear attention."""
 GATED_QUERIES = {*LINEAR} - {"lara_mini", *hybrid_layouts.LINEAR}
@@ -337,7 +323,8 @@ GATES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     ),
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("in_proj", lambda x: x.chunk(3, -1)[1])),
     **dict.fromkeys(
-        ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "lara_mini"), ("in_proj_z", lambda x: x)
+        ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "lara_mini"),
+        ("in_proj_z", lambda x: x),
     ),
     "zamba": ("in_proj", lambda x: x.unflatten(-1, (128, 2))[..., 1]),
     "zamba2": ("in_proj", lambda x: x[..., :128]),

@@ -11,6 +11,7 @@ from torch import nn
 
 NAMES = {
     "attn": "self_attn self_attention attention attn multi_head_attention",
+    "linear_attn": "linear_attn",
     "attn.q": "q_proj query Wq",
     "attn.k": "k_proj key Wk",
     "attn.v": "v_proj value Wv",

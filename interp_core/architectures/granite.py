@@ -34,6 +34,7 @@ SHARED_MLP = {"blocks.mlp.out": "shared_mlp.output_linear|"}
 
 FAMILY = Family("granite", added=added)
 SWA = Family("granite_swa", added=added)
+VISION = Family("granite4_vision", added=added)
 MOE = Family("granitemoe", added=added, router=_ROUTER)
 MOE_SHARED = Family("granitemoeshared", paths=SHARED_MLP, **SHARED)
 MOE_SWA = Family("granitemoe_swa", paths=SHARED_MLP, **SHARED)

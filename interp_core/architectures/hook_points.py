@@ -22,7 +22,7 @@ from ..errors import CapabilityError
 from .family import Arrangement, View
 from .parameters import matrix
 from .rerouting import Proof, Routed, Taken
-from .routing import Router
+from .routing import Router, RouterInBlock
 
 Side = Literal["in", "out", "attention", "own"]
 INSIDE = ("attention", "own")
@@ -185,6 +185,7 @@ class HookPoint:
         rank: order among hook points at the same place.
         routed: how experts are banned, forced and weighed there, for sites of a router.
         calls: inside attention, how often a layer comes by with the same tensor.
+        in_block: of a router that lies in its block, how to find it where the experts' module is called.
         layout: how the tensor passes, where that is not as the site has it; one for all hook points of a module's side.
     """
 
@@ -198,6 +199,7 @@ class HookPoint:
     needs: tuple[HookPoint, ...] = ()
     rank: int = 0
     routed: Routed | None = None
+    in_block: RouterInBlock | None = None
     layout: Layout | None = None
     calls: int = 1
 
@@ -279,7 +281,13 @@ def rows_of(heads: Sequence[int], d_head: int) -> Tensor:
     return (torch.tensor(heads)[:, None] * d_head + torch.arange(d_head)).flatten()
 
 
-def router_logits(module: str, router: Router, n_experts: int, k: int) -> HookPoint:
+def at_router(module: str, experts: str, router: Router) -> HookPoint:
+    """Where all of a router passes: what its module returns, or what its block hands the experts."""
+    out = HookPoint(module, "out")
+    return HookPoint(experts, "in", needs=(out,), in_block=router) if isinstance(router, RouterInBlock) else out
+
+
+def router_logits(at: HookPoint, router: Router, n_experts: int, k: int) -> HookPoint:
     """Router logits; a change selects experts again, as the family does."""
     routed = Routed(router, n_experts, k)
 
@@ -289,10 +297,10 @@ def router_logits(module: str, router: Router, n_experts: int, k: int) -> HookPo
     def put(call: Call, _old: Tensor, new: Tensor) -> None:
         routed.select_again(call, new.reshape(-1, n_experts))
 
-    return HookPoint(module, "out", get=get, put=put, routed=routed)
+    return replace(at, get=get, put=put, routed=routed)
 
 
-def router_weights(module: str, router: Router, n_experts: int, k: int) -> HookPoint:
+def router_weights(at: HookPoint, router: Router, n_experts: int, k: int) -> HookPoint:
     """Executed weights, dense. A change may move weight to other experts, but to no more than k per token."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
@@ -302,26 +310,26 @@ def router_weights(module: str, router: Router, n_experts: int, k: int) -> HookP
         call.output = router.reweighted(call.output, new.reshape(-1, n_experts))
 
     # After edits of the logits, which select again and so write the weights anew.
-    return HookPoint(module, "out", get=get, put=put, rank=1, routed=Routed(router, n_experts, k))
+    return replace(at, get=get, put=put, rank=1, routed=Routed(router, n_experts, k))
 
 
-def router_probs(module: str, router: Router) -> HookPoint:
+def router_probs(at: HookPoint, router: Router) -> HookPoint:
     """The family's scores as probabilities, of the logits that were selected by; read only."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
         rule = router.rule(call.module, call.args)
         return router.selection.probs(rule, router.logits(call.output)).view(*call.shape, -1)
 
-    return HookPoint(module, "out", get=get)
+    return replace(at, get=get)
 
 
-def router_indices(module: str, router: Router, k: int) -> HookPoint:
+def router_indices(at: HookPoint, router: Router, k: int) -> HookPoint:
     """Executed experts, as the router orders them; read only."""
 
     def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
         return router.chosen(call.output, k).view(*call.shape, k)
 
-    return HookPoint(module, "out", get=get)
+    return replace(at, get=get)
 
 
 def shared_expert_gate(module: str) -> HookPoint:
@@ -331,6 +339,15 @@ def shared_expert_gate(module: str) -> HookPoint:
         return call.first.sigmoid().view(*call.shape, 1)
 
     return HookPoint(module, "out", get=get)
+
+
+def shared_weights(at: HookPoint, router: Router) -> HookPoint:
+    """What shared experts' outputs are multiplied by, where the router says so; read only."""
+
+    def get(call: Call, _units: tuple[int, ...] | None) -> Tensor:
+        return router.shared(call.output).view(*call.shape, -1)
+
+    return replace(at, get=get)
 
 
 def expert_out(module: str, router: Router, n_experts: int) -> HookPoint:

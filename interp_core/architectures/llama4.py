@@ -6,6 +6,7 @@ nothing, but it is executed. Some layers have no rotary embedding, and attend to
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -65,6 +66,22 @@ class InputRouter(Router):
         return torch.cat([output[: len(total)] + total, output[len(total) :]])
 
 
+def _broken(config: Any) -> str:
+    """transformers 5.24 hands on what its language model's output does not have, whatever the input."""
+    from transformers import Llama4ForConditionalGeneration
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+    wanted, word = inspect.unwrap(Llama4ForConditionalGeneration.forward).__code__.co_names, "image_outputs"
+    if not hasattr(config, "vision_config") or word not in wanted or word in MoeCausalLMOutputWithPast.__annotations__:
+        return ""
+    return (
+        f"in this version of transformers its forward pass ends in an error on any input: it reads `{word}` of what "
+        "its language model gives, which has none; load that alone, as Llama4ForCausalLM"
+    )
+
+
 FAMILY = Family(
-    "llama4", router=InputRouter("feed_forward.router", "feed_forward.experts", TopKOfLogitsThenSigmoid(), flat=True)
+    "llama4",
+    router=InputRouter("feed_forward.router", "feed_forward.experts", TopKOfLogitsThenSigmoid(), flat=True),
+    unfit=_broken,
 )

@@ -411,6 +411,7 @@ def router(block: Block) -> None:
         return
     selects, experts = f"{block.path}.{family_router.module}", f"{block.path}.{family_router.experts}"
     stack.atlas.components.add_router(block.layer, stack.modules[selects], stack.modules[experts])
+    family_router = family_router.of(block.module)
     try:
         n, k = family_router.sizes(stack.modules[selects])
     except AttributeError:
@@ -420,16 +421,21 @@ def router(block: Block) -> None:
         return
     beside = {"grad": "it is computed beside the forward pass"}
     only_read = {"write": "it is only read; edit router_logits or router_weights", **beside}
-    logits = hook_points.router_logits(selects, family_router, n, k)
-    weights = hook_points.router_weights(selects, family_router, n, k)
+    gates = {"write": "it is only read", **beside}
+    at = hook_points.at_router(selects, experts, family_router)
+    logits = hook_points.router_logits(at, family_router, n, k)
+    weights = hook_points.router_weights(at, family_router, n, k)
     output = hook_points.expert_out(experts, family_router, n)
     block.add("router_logits", logits, logits, {"expert": n}, dict(beside))
     block.add("router_weights", weights, weights, {"expert": n}, dict(beside))
-    block.add("router_probs", hook_points.router_probs(selects, family_router), None, {"expert": n}, dict(only_read))
-    block.add("router_indices", hook_points.router_indices(selects, family_router, k), None, {"k": k}, dict(only_read))
+    block.add("router_probs", hook_points.router_probs(at, family_router), None, {"expert": n}, dict(only_read))
+    block.add("router_indices", hook_points.router_indices(at, family_router, k), None, {"k": k}, dict(only_read))
     if family_router.shared_gate and (path := f"{block.path}.{family_router.shared_gate}") in stack.modules:
-        why = {"write": "it is only read", **beside}
-        block.add("shared_expert_gate", hook_points.shared_expert_gate(path), None, {"gate": 1}, why)
+        block.add("shared_expert_gate", hook_points.shared_expert_gate(path), None, {"gate": 1}, gates)
+    elif family_router.n_shared:
+        n_shared = getattr(stack.modules[selects], family_router.n_shared)
+        shared = hook_points.shared_weights(at, family_router)
+        block.add("shared_expert_gate", shared, None, {"gate": n_shared}, gates)
     block.add("expert_out", output, output, {"expert": n, **block.d_model}, beside)
     for name, reason in family_router.absent(stack.modules[selects]).items():
         if stack.atlas.entries.pop((name, block.layer), None):

@@ -17,6 +17,7 @@ from .qwen3_moe import ROUTER as QWEN_ROUTER
 from .qwen3_vl import CARRIED, NEEDS
 from .routing import Router, Selection, TopKOfLogits, shares
 from .scored import BIAS, SIGMOID_IN_GROUPS, HandedRouter, Scored, sigmoid, sigmoid_as_is
+from .streams import muse_added, muse_join
 
 
 class CohereSelection(Selection):
@@ -41,6 +42,16 @@ def mimo_heads(attention: Any, _heads: Heads) -> Heads:
     return Heads(n, n // attention.num_key_value_groups, attention.v_head_dim, attention.head_dim)
 
 
+class NarrowRouter(Router):
+    """Muse Spark: experts add up in fewer dimensions, before a projection to the stream."""
+
+    def absent(self, module: Any) -> Mapping[str, str]:
+        """See `Router.absent`."""
+        return {
+            "expert_out": "experts add up in moe_hidden_size dimensions, before post_expert_proj, not in the stream's"
+        }
+
+
 IN_GROUPS = Router("mlp.gate", "mlp.experts", SIGMOID_IN_GROUPS)
 
 SOLAR = Family("solar_open", router=IN_GROUPS)
@@ -57,7 +68,16 @@ COHERE = Family(
     parallel=lambda _config: True,
     router=Router("mlp.gate", "mlp.experts", CohereSelection()),
 )
-LAGUNA = Family("laguna", router=Router("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS)))
+SIGMOIDS = Router("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS))
+LAGUNA = Family("laguna", router=SIGMOIDS)
+MINIMAX_M3 = Family("minimax_m3_vl", router=SIGMOIDS)
+MUSE_SPARK = Family(
+    "muse_spark",
+    added=muse_added,
+    join=muse_join,
+    router=NarrowRouter("mlp.gate", "mlp.experts", Scored(sigmoid, BIAS, eps=1e-15, scale="routed_scaling_factor")),
+)
+STEP = Family("step3p7", router=SIGMOIDS)
 DOTS = Family("dots1", router=IN_GROUPS)
 EXAONE = Family("exaone_moe", router=IN_GROUPS)
 FLEX_OLMO = Family("flex_olmo", router=QWEN_ROUTER)

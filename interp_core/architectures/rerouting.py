@@ -118,6 +118,8 @@ class Routed:
         """Carry an edit of `ROUTING` out for the tokens `here` `[n]` of a part of the batch; gives which of them stay
         as they are, since their whole set is banned."""
         rule, every, left = self._rule(call), self.routes(call.output), torch.zeros_like(here)
+        if part != WHOLE:
+            rule = self.router.within(rule, part)
         routes = every if part == WHOLE else Routes(*(x[part] for x in every))
         if op == "mask":
             banned = here[:, None] & self._among(value, here.device)
@@ -230,7 +232,8 @@ class Routed:
         return self.router.rule(call.module, call.args)
 
     def _return(self, call: Called, routes: Routes) -> None:
-        call.output = self.router.returned(call.output, *routes)
+        output = self.router.returned(call.output, *routes)
+        call.output = self.router.completed(self._rule(call), call.output, output)
 
     def _among(self, experts: Sequence[int], device: torch.device) -> Tensor:
         """Which experts are among these `[expert]`."""

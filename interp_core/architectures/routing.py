@@ -69,15 +69,19 @@ def shares(scores: Tensor) -> Tensor:
     return scores / scores.sum(-1, keepdim=True)
 
 
-def in_groups(scores: Tensor, n_groups: int, n_kept: int, k: int, best: int = 2) -> Tensor:
-    """Top-k `[n k]` of scores `[n expert]` within the `n_kept` groups whose `best` highest ones sum to most."""
+def in_groups(scores: Tensor, n_groups: int, n_kept: int, k: int, best: int = 2, left_out: float = BANNED) -> Tensor:
+    """Top-k `[n k]` of scores `[n expert]` within the `n_kept` groups whose `best` highest ones sum to most.
+
+    Args:
+        left_out: what experts of other groups count in the choice.
+    """
     groups = scores.view(len(scores), n_groups, -1)
     highest = groups.topk(best, dim=-1).values
     rank = torch.where(highest.isinf(), 0, highest).sum(-1).masked_fill(highest[..., 0].isinf(), BANNED)
     kept = torch.zeros_like(rank).scatter(-1, rank.topk(n_kept, dim=-1).indices, 1).bool()
     # slots that are over go to banned experts of these groups, so that all know them for what they are
-    within = groups.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~kept[..., None], BANNED).flatten(1)
-    return within.topk(k, dim=-1).indices
+    within = groups.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~kept[..., None], left_out)
+    return within.masked_fill(groups.isinf() & ~kept[..., None], BANNED).flatten(1).topk(k, dim=-1).indices
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class Router:
         selection: how the family selects.
         flat: the block's MLP returns batch and pos flattened.
         shared_gate: path of the linear layer whose sigmoid scales the shared expert's output, in blocks that have it.
+        n_shared: attribute of the router's module with the number of shared experts, if it weighs these; see `shared`.
     """
 
     module: str
@@ -97,6 +102,11 @@ class Router:
     selection: Selection
     flat: bool = False
     shared_gate: str = ""
+    n_shared: str = ""
+
+    def of(self, block: Any) -> Router:
+        """The router of one block, where the block knows what its router's module does not."""
+        return self
 
     def sizes(self, module: Any) -> tuple[int, int]:
         """How many experts the router has, and how many a token takes."""
@@ -111,6 +121,10 @@ class Router:
         where a family calls the module with the bias among its positional arguments `args`."""
         return module
 
+    def within(self, rule: Any, part: slice) -> Any:
+        """What `rule` gave, of some of the tokens."""
+        return rule
+
     def logits(self, output: Any) -> Tensor:
         """Logits `[n expert]` in what the module returned."""
         return output[0]
@@ -123,6 +137,10 @@ class Router:
         """Executed experts `[n k]`, as the router orders them. Slots that are over repeat an expert of the set."""
         return output[2]
 
+    def shared(self, output: Any) -> Tensor:
+        """Weights of shared experts `[n shared]`, of a router that has some."""
+        raise NotImplementedError
+
     def slots(self, output: Any, k: int) -> tuple[Tensor, Tensor]:
         """Executed weights and experts `[n k]`; slots that are over have weight zero."""
         return output[1], self.chosen(output, k)
@@ -130,6 +148,10 @@ class Router:
     def returned(self, output: Any, logits: Tensor, weights: Tensor, chosen: Tensor) -> Any:
         """The output with other logits, and other weights `[n k]` of other experts `[n k]`."""
         return logits, weights.to(output[1].dtype), chosen, *output[3:]
+
+    def completed(self, rule: Any, before: Any, output: Any) -> Any:
+        """What `returned` made of the output `before`, with what else follows from other experts."""
+        return output
 
     def reweighted(self, output: Any, weights: Tensor) -> Any:
         """The output with other dense weights.
@@ -158,6 +180,31 @@ class Router:
     def contributed(self, output: Tensor, change: Tensor) -> Tensor:
         """The experts' output, with contributions changed by `change` `[n expert d_model]`."""
         return output + change.sum(1).view_as(output)
+
+
+@dataclass(frozen=True)
+class RouterInBlock(Router):
+    """A router whose module gives logits alone: the block selects, and hands the experts' module `(hidden, indices,
+    weights)`. So all of the router lies where these go in, and its "output" is `(logits, weights, indices)`.
+
+    Attributes:
+        n_experts, k: how many there are, and how many a token takes; of a block, see `of`.
+    """
+
+    n_experts: int = 0
+    k: int = 0
+
+    def sizes(self, module: Any) -> tuple[int, int]:
+        """See `Router.sizes`."""
+        return self.n_experts, self.k
+
+    def gathered(self, logits: Tensor, args: tuple[Any, ...]) -> Any:
+        """Logits, weights and indices of what went into the experts' module."""
+        return logits, args[2], args[1]
+
+    def handed(self, args: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
+        """What goes into the experts' module for these."""
+        return args[0], output[2], output[1], *args[3:]
 
 
 def dense(weights: Tensor, chosen: Tensor, n_experts: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Families whose blocks scale or norm the stream itself, or what they add to it, in a way of their own.
 
-BEAM, Doge, Dory, MiniMax, RWKV and Zaya do so before they add; ESM C, Inkling, Kolibri, MiniCPM3 and OLMo-hybrid change
+BEAM, Doge, Dory, MiniMax, Muse Spark and RWKV do so before they add; ESM C, Kolibri, MiniCPM3 and OLMo-hybrid change
 only what they add.
 
 `attn_out` and `mlp_out` are what is added, after the block's multipliers; the stream goes on as `join` says.
@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .deepseek_v3 import FAMILY as DEEPSEEK_V3
 from .family import Family
-from .hook_points import Call, HookPoint, transposed
 from .qwen3_moe import ROUTER as QWEN_ROUTER
 from .routing import Router
-from .scored import BIAS, BiasOnLogits, sigmoid
+from .scored import BIAS, SIGMOID_IN_GROUPS, BiasOnLogits, sigmoid
 
 
 def beam_added(block: Any) -> Mapping[str, float]:
@@ -65,38 +65,27 @@ def minimax_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor
     return block.post_attention_layernorm(before) * block.mlp_alpha_factor + added
 
 
+def _muse_gate(block: Any, site: str) -> tuple[Tensor, Tensor]:
+    """Muse Spark: the shares of the stream and of what is added, one per dimension."""
+    name = "post_attention_residual_gate" if site in ("attn_out", "resid_mid") else "post_feedforward_residual_gate"
+    gate = getattr(block, name)
+    share = torch.sigmoid((gate.gate / gate.temperature).detach())
+    return ((1 - share) * (1 + share)).clamp(min=gate.eps).sqrt(), share
+
+
+def muse_added(block: Any) -> Mapping[str, Tensor]:
+    """Muse Spark: attention's and the MLP's share, after their norms."""
+    return {name: _muse_gate(block, name)[1] for name in ("attn_out", "mlp_out")}
+
+
+def muse_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """Muse Spark: the stream is scaled so that the variance stays."""
+    return _muse_gate(block, site)[0] * before + added
+
+
 def rwkv_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
     """RWKV: the first block norms the embeddings before anything else."""
     return (block.pre_ln(before) if site == "resid_mid" and block.layer_id == 0 else before) + added
-
-
-def zaya_added(block: Any) -> Mapping[str, Tensor]:
-    """Zaya: learnt factors on what is added, one per dimension."""
-    scales = {"attn_out": block.post_attention_residual_scale, "mlp_out": block.post_mlp_residual_scale}
-    return {name: scale.hidden_states_scale.detach() for name, scale in scales.items()}
-
-
-def zaya_join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
-    """Zaya: others on the stream, and biases."""
-    scale = block.post_attention_residual_scale if site == "resid_mid" else block.post_mlp_residual_scale
-    kept: Tensor = (before + scale.residual_bias) * scale.residual_scale
-    return kept + added + scale.hidden_states_bias * scale.hidden_states_scale
-
-
-def zaya_heads(block: Any) -> None:
-    """Zaya: a module gives queries, keys and values, each as heads."""
-    attention, path = block.module.self_attn, f"{block.path}.self_attn"
-    n, n_kv, d = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
-
-    def given(number: int) -> HookPoint:
-        def put(call: Call, _old: Tensor, new: Tensor) -> None:
-            call.output = (*call.output[:number], new, *call.output[number + 1 :])
-
-        return HookPoint(f"{path}.qkv_proj", "out", get=lambda call, _units: call.output[number], put=put)
-
-    block.view("q", given(0), {"head": n, "d_head": d})
-    block.view("k", given(1), {"head": n_kv, "d_head": d})
-    block.view("v", HookPoint(path, "attention", "v", view=transposed), {"head": n_kv, "d_head": d})
 
 
 def _evenly(factor: Callable[[Any], float]) -> Callable[[Any], Mapping[str, float]]:
@@ -111,18 +100,18 @@ def olmo_hybrid_paths(block: Any) -> Mapping[str, str]:
     return {"blocks.ln1_post": "post_attention_layernorm", "blocks.ln2": ""}
 
 
-BEAM = Family("beam", added=beam_added, join=beam_join)
+BEAM = Family(
+    "beam",
+    added=beam_added,
+    join=beam_join,
+    router=Router("mlp.gate", "mlp.experts", replace(SIGMOID_IN_GROUPS, scale="")),
+)
 DOGE = Family("doge", join=doge_join)
 DORY = Family("dory", added=dory_added, join=dory_join)
 ESMC = Family(
     "esmc",
     paths={"blocks.attn": "self_attn", "blocks.mlp": "mlp", "blocks.ln2": "post_attention_layernorm"},
     added=_evenly(lambda block: 1 / block.scaling_factor),
-)
-INKLING = Family(
-    "inkling",
-    paths={"blocks.ln1_post": "attn_sconv", "blocks.ln2_post": "mlp_sconv"},
-    inside=("v",),  # behind a convolution over positions
 )
 KOLIBRI = Family(
     "kolibri1",
@@ -131,7 +120,6 @@ KOLIBRI = Family(
 MINICPM3 = replace(DEEPSEEK_V3, name="minicpm3", router=None, added=_evenly(lambda block: block.residual_scale))
 MINIMAX = Family("minimax", added=minimax_added, join=minimax_join, router=QWEN_ROUTER)
 OLMO_HYBRID = Family("olmo_hybrid", varied=olmo_hybrid_paths)
-ZAYA = Family("zaya", added=zaya_added, join=zaya_join, sites=(zaya_heads,))
 RWKV = Family(
     "rwkv",
     paths={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,33 +13,23 @@ from .atlas import OF_ATTENTION, ROUTED, Atlas
 from .family import Family
 from .mixers import state_reason
 
+_EXPERTS = re.compile("(Experts|TopKGating|CDMoE)$")
+"""Names of classes of experts."""
 _SEQ2SEQ = "is an encoder-decoder with a capacity per expert: which tokens an expert drops depends on the others"
-_JOINT = (
-    "the weights of routed experts are normalised along with those of shared ones, by logits that the router's module "
-    "does not give"
-)
-_OWN = "text and images have routers and experts of their own in one block; a site by layer would be one of them"
-_NOT_HELD = "nobody has held its routers against selection by hand yet; a family file with a router can be added"
 
 UNDESCRIBED: dict[str, str] = {
-    "axk2": "experts of a group that is left out count zero in the choice, so they may be chosen all the same",
-    "dbrx": "the router's module gives logits only, and the block selects by a method: nothing shows what is executed",
     "diffusion_gemma": "it denoises blocks of text and is no causal language model",
-    "doge": "its experts are rows of two tables, found by product keys; there is no router of single experts",
-    "ernie4_5_vl_moe": _OWN,
-    "inkling": _JOINT,
-    "inkling_mm_model": _JOINT,
+    "doge": (
+        "its experts are rows of two tables, chosen by sums of two keys' scores inside the MLP (DogeCDMoE), which "
+        "mixes those of tokens: no tensor has a score or a weight for each expert"
+    ),
+    "ernie4_5_vl_moe": (
+        "text and images have routers and experts of their own in one block; a site by layer would be one of them"
+    ),
     "nllb-moe": f"it {_SEQ2SEQ}",
     "qwen3_omni_moe": "it is several models; load its thinker, Qwen3OmniMoeThinkerForConditionalGeneration",
     "switch_transformers": f"it {_SEQ2SEQ}",
-    "zaya": "a router reads the hidden states of the router before it, and may send a token past all experts",
-} | dict.fromkeys(
-    (
-        "beam", "deepseek_ocr2", "dots3_note", "glm5_next", "hy_v4", "hy_v4_vl", "inkling2", "inkling2_loop",
-        "minimax_m3_vl", "mistral_large4", "muse_spark", "qwen4_exp", "step3p7", "unlimited_ocr",
-    ),
-    _NOT_HELD,
-)  # fmt: skip
+}
 
 
 def refusals(family: Family, config: Any) -> dict[str, str]:
@@ -48,12 +39,13 @@ def refusals(family: Family, config: Any) -> dict[str, str]:
 
 def router_reason(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Why a model that sends tokens to experts has no router sites, where no family file describes its router."""
-    if not any("expert" in path or "router" in path for path in modules):  # of dense layers alone
+    listed = next((path for path in modules if path.endswith(".experts")), "")
+    if not listed and not any(_EXPERTS.search(type(module).__name__) for module in modules.values()):
         return {}
     kinds = (str(model.config.model_type), str(model.config.get_text_config().model_type).removesuffix("_text"))
     why = next((UNDESCRIBED[kind] for kind in kinds if kind in UNDESCRIBED), "")
-    if not why and (path := next((path for path in modules if path.endswith(".experts")), "")):
-        why = f"no family file says how it selects experts ({path}); write one with a router, see docs/families.md"
+    if not why and listed:
+        why = f"no family file says how it selects experts ({listed}); write one with a router, see docs/families.md"
     return dict.fromkeys(ROUTED, why) if why else {}
 
 

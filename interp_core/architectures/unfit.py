@@ -15,8 +15,19 @@ _CODEBOOKS = (
     "it reads and gives several codebooks at a time, with an embedding and a head for each: there is no text of one "
     "row of tokens, and no one unembedding"
 )
+_DRAFTS = (
+    "it drafts tokens for another model, and reads that one's hidden states, keys and values (`inputs_embeds`, "
+    "`shared_kv_states`): alone it cannot run a text"
+)
+_NEEDS_IMAGES = (
+    "it cannot run a text without an image ({}), and what a model serves is verified on text alone when it is loaded"
+)
 UNFIT: dict[str, str] = {
     "cpmant": f"it puts positions of its own in front of every text, {_NOT_THE_TEXTS}",
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "idefics": _NEEDS_IMAGES.format("`pixel_values` are read in every pass, by cross-attention between its blocks"),
+    "kosmos-2": _NEEDS_IMAGES.format("`pixel_values` are demanded in every pass"),
     "longformer": f"it fills every text up to a multiple of its attention window, {_NOT_THE_TEXTS}",
     "musicgen_decoder": _CODEBOOKS,
     "musicgen_melody_decoder": _CODEBOOKS,

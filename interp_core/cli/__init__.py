@@ -98,19 +98,22 @@ def sites(model: Model = None, named: Named = None) -> None:
 @app.command()
 def families(
     model_type: Annotated[
-        str | None, typer.Argument(help="a model type, such as mamba, or a class; default: all types")
+        str | None, typer.Argument(help="a model type, such as mamba, or a class; default: all")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
-    """Which model types are served on which engines, and what each has; measured on tiny models, none is loaded."""
-    types, width = compatibility.matrix()["types"], terminal_width()
+    """Which model types, and classes of images and text, are served on which engines, and what each has; measured on
+    tiny models, none is loaded."""
+    known, width = compatibility.matrix(), terminal_width()
+    types, images = known["types"], known["visual"]
     if model_type is not None:
         shown = compatibility.of_type(model_type, width)
         print(json.dumps(compatibility.row_of(model_type), indent=1) if as_json else shown)
     elif as_json:
-        print(json.dumps(types, indent=1))
+        print(json.dumps({"types": types, "visual": images}, indent=1))
     else:
-        print(compatibility.listing(types, width), "", *compatibility.counts(types), sep="\n")
+        print(compatibility.listing(types, width), "", *compatibility.counts(types), "", sep="\n")
+        print(compatibility.listing_of_images(images, width), "", compatibility.counts_of_images(images), sep="\n")
 
 
 @app.command()

@@ -174,6 +174,9 @@ class ModuleHook:
         derived, layout, state = self.derived, self.point.layout, self.state
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if derived and self.point.in_block is not None:
+                call = self._derive(Call(module, args, None, args[0], kwargs))
+                return None if call.output is call.unedited else (self.point.in_block.handed(args, call.output), kwargs)
             passing = args[0] if args and not self.point.part else self._handed(kwargs)
             if derived:
                 call = self._derive(Call(module, args, None, passing, kwargs))
@@ -263,6 +266,8 @@ class ModuleHook:
         state = self.state
         call.shape = state.shape
         call.needs = tuple(module_hook.captured for module_hook in self.needs)  # type: ignore[misc]
+        if self.point.in_block is not None:
+            call.output = call.unedited = self.point.in_block.gathered(call.needs[0], call.args)
         for change in self.acting:
             if change.point.get is None:
                 call.first = change.apply(call.first)

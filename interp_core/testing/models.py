@@ -103,7 +103,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **confi
             if (gain or name.endswith("scale")) and parameter.ndim == 1:
                 parameter.data += 1
         for name, buffer in model.named_buffers():
-            if name.endswith(("correction_bias", "expert_bias")):
+            if name.endswith(("correction_bias", "expert_bias", "balancing_biases")):
                 nn.init.normal_(buffer, std=0.5)
     if dtype == torch.float64 and "experts" in str(model):  # the grouped kernel has no float64
         model.set_experts_implementation("eager")

@@ -12,11 +12,11 @@ import torch
 from ..errors import LoadError
 
 WIDTHS = {
-    2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_query_groups "
+    2: "index_kpool num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_query_groups "
     "linear_num_key_heads type_vocab_size depth num_global_layers topk_group hc_mult "
     "hc_count o_groups encoder_layers",
     3: "num_hidden_layers num_layers n_layer n_layers decoder_layers num_decoder_layers num_encoder_layers "
-    "num_blocks num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts "
+    "num_blocks layers num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts "
     "linear_conv_kernel_dim short_conv_kernel_size mamba_d_conv conv_kernel conv_L_cache conv_kernel_size "
     "conv1d_width",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
@@ -33,10 +33,11 @@ WIDTHS = {
     16: "head_dim swa_head_dim d_kv dim_head kv_channels attention_head_dim d_head attention_head_size "
     "qk_nope_head_dim index_head_dim query_pre_attn_scalar o_lora_rank mamba_chunk_size chunk_size "
     "rel_extent shape_embed_dim pronunciation_embed_dim prompt_mid_dim router_hidden_size "
-    "position_bias_num_buckets image_size image_seq_length output_channels",
-    20: "shape_vocab_size pronunciation_vocab_size",
+    "position_bias_num_buckets image_size image_seq_length output_channels max_image_size max_img_size",
+    20: "codebook_size num_embeddings shape_vocab_size pronunciation_vocab_size",
     24: "kv_lora_rank qk_head_dim global_head_dim index_n_heads",
-    32: "q_lora_rank mamba_d_head mamba_head_dim mamba_headdim ple_embed_dim moe_latent_size",
+    32: "q_lora_rank mamba_d_head mamba_head_dim mamba_headdim ple_embed_dim "
+    "moe_latent_size moe_hidden_size base_channels latent_channels",
     40: "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
     "moe_shared_expert_intermediate_size",
     48: "moe_intermediate_size expert_ffn_hidden_size",
@@ -44,7 +45,8 @@ WIDTHS = {
     64: "embed_dim projector_input_dim projector_output_dim vision_output_dim projection_dim "
     "projector_hidden_size num_position_embeddings hidden_size d_model n_embd emb_dim embedding_dim "
     "embedding_size dim word_embed_proj_dim input_embedding_size output_embedding_size input_size "
-    "lru_width hidden_size_global attention_hidden_size out_hidden_size ngram_vocab_size_base "
+    "lru_width hidden_size_global adapter_in_dim adapter_out_dim adapter_input_size text_hidden_size "
+    "codebook_dim encoder_hidden_size attention_hidden_size out_hidden_size ngram_vocab_size_base "
     "original_max_position_embeddings",
     90: "image_token_id image_token_index",
     91: "video_token_id video_token_index audio_token_id",
@@ -63,6 +65,7 @@ SIZES = {word: size for size, words in WIDTHS.items() for word in words.split()}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LAYERS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers", "num_blocks",
+    "layers",
 )  # fmt: skip
 """Words for the number of layers."""
 MOST = 8_000_000
@@ -77,12 +80,13 @@ _ENCODED = {"encoder_layers": 3}
 _HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, **_EQUAL}
 _ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1}
 _BY_KIND = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
+_PLACES = {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91}}
 _DOUBLED = {"attention_hidden_size": 128, "attention_head_dim": 32}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
-            "axk2", "bailing_hybrid", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3",
-            "nemotron",
+            "bailing_hybrid", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3",
+            "nemotron", "mistral_large4_text", "unlimited_ocr_text",
         ),
         _EQUAL,
     ),
@@ -94,6 +98,7 @@ OWN: dict[str, dict[str, Any]] = {
         ),
         _ENCODED,
     ),
+    "axk2": {**_EQUAL, "n_group": 4, "topk_group": 2},
     "big_bird": {"attention_type": "original_full"},
     **dict.fromkeys(
         ("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text"),
@@ -105,7 +110,34 @@ OWN: dict[str, dict[str, Any]] = {
             **_BY_AXIS["rope_parameters"], "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5,
         },
     },
+    "apertus1p5": {"image_token_offset": 50, "audio_token_offset": 70},
     "bamba": {"attn_layer_indices": [1]},
+    **dict.fromkeys(("chameleon", "emu3"), _PLACES),
+    "cosmos3_edge_text": _BY_AXIS,
+    "deepseek_ocr2_text": {**_ROUTED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "diffusion_gemma_text": {**_GLOBAL, "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 48},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [48, 40],
+        "rope_parameters": {**_BY_AXIS["rope_parameters"], "mrope_section": [3, 3, 2]},
+    },
+    "florence_vision": {
+        "patch_size": [7, 3, 3, 3], "embed_dim": [16, 32, 48, 64], "num_heads": [1, 2, 3, 4],
+        "num_groups": [1, 2, 3, 4],
+    },
+    "glm5_next_text": {**_EQUAL, "qk_rope_head_dim": 0, "head_dim": 0},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-2, 0], [-1, 1]], "spatial_target_layers": [1, 2], "downsample_rate": "1/2",
+    },
+    "hunyuan_vl_text": {**_D_HEAD, **_BY_AXIS},
+    "hy_v4_vl_text": {
+        **_EQUAL, "rope_parameters": {**_BY_AXIS["rope_parameters"], "mrope_section": [2, 1, 1]},
+    },
+    "molmo2_adapter": {"vision_feature_layer": [2, 1]},
+    "molmo2_vision": {"image_size": [16, 16]},
+    "mistral4": {**_LATENT, "rope_parameters": None},
+    "muse_spark_audio": {"hidden_sizes": [8, 16, 24, 32]},
+    "wavtokenizer_encoder": {"num_filters": 8},
+    "radio": {"video_temporal_patch_size": 2},
     "cohere_compass_text": {
         "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
         "rope_parameters": _BY_KIND,
@@ -127,8 +159,14 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
     },
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GLOBAL),
+    "gemma4_assistant": {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
+    "granite4_vision_text": {"residual_multiplier": 0.4, "logits_scaling": 2.0, "embedding_multiplier": 3.0},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _D_HEAD),
+    "inkling_text": {"mlp_layer_types": ["dense", "sparse", "sparse"], "n_shared_experts": 2},
+    "minimax_m3_vl_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 0},
     "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"], "full_attn_idxs": None},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"]},
@@ -147,6 +185,11 @@ OWN: dict[str, dict[str, Any]] = {
     "reformer": {
         "attn_layers": ["local", "lsh", "local"], "axial_pos_embds": False, "num_buckets": 4,
         "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4,
+    },
+    "step3p5": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"], "rope_parameters": _BY_KIND,
+        "sliding_window": 4, "num_sliding_attention_heads": 6, "share_expert_dim": 40,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
@@ -196,7 +239,8 @@ def build(model_type: str, config: dict[str, Any]) -> Any:
     kind = getattr(transformers, _classes().get(model_type, model_type))
     try:
         own = OWN.get(kind.config_class.model_type, {}) | ({"is_decoder": False} if model_type in encoders() else {})
-        settings = _settings(kind.config_class(), {**own, **config})
+        known = {name: inner for name, inner in own.items() if isinstance(inner, dict) and "model_type" in inner}
+        settings = _settings(kind.config_class(**known), {**own, **config})
         full_config = kind.config_class(**settings)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in kind(full_config).parameters())
