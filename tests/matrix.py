@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from mixtures import MIXTURES, mixture_of
+from mixtures import MIXTURES, SHARING, mixture_of, shared_by_hand
 from mixtures import by_hand as routed_by_hand
 from parity import IDS, apart, cell
 from reference import Reference
@@ -110,6 +110,15 @@ def routed(model: ic.Model, experts: str, family: str) -> Iterator[tuple[str, fl
         )
         for layer in atlas.layers("expert_out")
     ]
+    gates = experts.rpartition(".")[0] + ".shared_expert_gate"
+    gated: dict[int, Tensor] = {}
+    handles += [
+        model.hf.get_submodule(gates.format(layer)).register_forward_hook(
+            lambda _m, _a, out, layer=layer: gated.__setitem__(layer, out.sigmoid())
+        )
+        for layer in atlas.layers("shared_expert_gate")
+        if family not in SHARING
+    ]
     try:
         with torch.no_grad():
             model.hf(input_ids=IDS, use_cache=False)
@@ -133,7 +142,10 @@ def routed(model: ic.Model, experts: str, family: str) -> Iterator[tuple[str, fl
             elif name == "expert_out":
                 total = given[layer].reshape(-1, *x.shape[:2], x.shape[-1]).sum(0)  # Llama 4 gives each expert's
                 off.append(apart(x.sum(2) - total) / apart(total))
+            elif name == "shared_expert_gate" and family in SHARING:
+                logits, weights = (run[Site(f"router_{part}", layer)].plain for part in ("logits", "weights"))
+                off.append(apart(x - shared_by_hand(family, model.hf, layer, logits, weights, IDS)))
             elif name == "shared_expert_gate":
-                off.append(apart(x - x.clamp(0, 1)))
+                off.append(apart(x - gated[layer].view_as(x)))
         if off:  # what nothing was compared with is not held
             yield name, max(off)

@@ -268,6 +268,15 @@ def by_hand(name: str, hf: Any, layer: int, logits: Tensor, ids: Tensor) -> Tens
     return dense
 
 
+def shared_by_hand(name: str, hf: Any, layer: int, logits: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    """What shared experts are weighed by `[batch pos shared]`, beside routed ones that have weights."""
+    scale = getattr(hf.config.get_text_config(), MIXTURES[name].scale)
+    scale *= MIXTURES[name].block(hf, layer).mlp.gate.global_scale.item()
+    shared = shared_logits(name, hf, layer, ids).double().sigmoid()
+    routed = (logits.double().sigmoid() * (weights != 0)).sum(-1, keepdim=True)
+    return shared / (routed + shared.sum(-1, keepdim=True)) * scale
+
+
 def shared_logits(name: str, hf: Any, layer: int, ids: Tensor) -> Tensor:
     """A router's logits of shared experts `[batch pos shared]`, in a plain pass."""
     gate = MIXTURES[name].block(hf, layer).get_submodule(MIXTURES[name].router)

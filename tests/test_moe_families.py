@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import sampled, tiny_model
-from mixtures import ALONE, MIXTURES, PASSING, SHARING, STREAMS, Mixture, by_hand, shared_logits
+from mixtures import ALONE, MIXTURES, PASSING, SHARING, STREAMS, Mixture, by_hand, shared_by_hand
 from packaging.version import Version
 from parity import IDS
 from transformers.models.auto import modeling_auto
@@ -373,12 +373,10 @@ def test_hash_routers_have_no_logits(ids: torch.Tensor) -> None:
 def test_shared_experts_get_what_edits_leave_them(ids: torch.Tensor) -> None:
     """Inkling weighs routed and shared experts together: a set chosen anew changes both, one that is kept neither."""
     model, layer = tiny_model("inkling_text", torch.float64), 2
-    block = model.hf.model.layers[layer]
+    experts = model.hf.model.layers[layer].mlp.shared_experts
     logits, weights, gate = S.router_logits[layer], S.router_weights[layer], S.shared_expert_gate[layer]
     handed: list[torch.Tensor] = []
-    handle = block.mlp.shared_experts.register_forward_pre_hook(
-        lambda _m, _a, kwargs: handed.append(kwargs["gammas"]), with_kwargs=True
-    )
+    handle = experts.register_forward_pre_hook(lambda _m, _a, kwargs: handed.append(kwargs["gammas"]), with_kwargs=True)
     try:
         plain_run = model.run(ids, read=[weights, gate])
         runs = {op: model.run(ids, read=[logits, weights, gate], edits=edit, allow_noop=True) for op, edit in {
@@ -387,17 +385,15 @@ def test_shared_experts_get_what_edits_leave_them(ids: torch.Tensor) -> None:
         }.items()}  # fmt: skip
     finally:
         handle.remove()
-    shared = shared_logits("inkling_text", model.hf, layer, ids).double().sigmoid()
     before = plain(plain_run[gate])
     assert before.shape == (2, 7, 2)
     for (op, run), passed in zip(runs.items(), handed[1:], strict=True):
-        got, chosen = plain(run[gate]), plain(run[weights]) != 0
+        got = plain(run[gate])
         assert torch.equal(passed.view_as(got), got), op
         if op in ("keep", "boost"):
             assert torch.equal(got, before), op
             continue
-        total = (plain(run[logits]).double().sigmoid() * chosen).sum(-1, keepdim=True) + shared.sum(-1, keepdim=True)
-        wanted = shared / total * model.hf.config.route_scale * block.mlp.gate.global_scale.detach()
+        wanted = shared_by_hand("inkling_text", model.hf, layer, plain(run[logits]), plain(run[weights]), ids)
         torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
         assert not torch.equal(got, before), op
 

@@ -1,7 +1,7 @@
 """Shared experts, which every token has: how far their gate is open, and their part of what the block puts out.
 
     o = r + s      the block's output: the routed experts' weighted sum, and the shared expert's output after its gate
-    gate           mean of the gate (a sigmoid), where there is one
+    gate           mean of the gate (a sigmoid), where there is one; of several shared experts' weights their sum
     share          mean over tokens of ‖s‖ / ‖o‖; may be above 1, where r points the other way
     along          mean over tokens of s · o / ‖o‖²: the part of o that is due to s; with that of r it is 1
 
@@ -83,7 +83,7 @@ def shared_of(model: ic.Model, batches: Iterable[ic.Tokens], at: Any = None) -> 
             read = [S.shared_expert_gate] if gated else []
             run = model.run(tokens, read=[*read, S.resid_post[layers[-1]]], logits=False)
         for layer in layers if gated else ():
-            shared.add(layer, {"gate": places.of(run[S.shared_expert_gate[layer]].plain[..., 0])})
+            shared.add(layer, {"gate": places.of(run[S.shared_expert_gate[layer]].plain.sum(-1))})
         shared.tokens += int(counted.sum())
         if not any(sums["shared_norm"] for sums in shared.sums.values()):
             raise ic.CapabilityError(
