@@ -24,7 +24,6 @@ FUSED = ("bloom", "falcon", "gpt_neox_japanese", "mpt", "openai-gpt")
 OWN = (*BART, *BERT, *FUSED, "gpt_neo", "gptj")
 NARROW = ("gpt_neo", "gptj")
 """Products of queries and keys are taken in float32."""
-HIDDEN = {"openai-gpt": -1e4, "gpt_neo": torch.finfo(torch.float32).min}
 _QKV = {"mpt": "Wqkv", "openai-gpt": "c_attn"}
 _OUT = {
     "bloom": "dense", "falcon": "dense", "gpt_neox_japanese": "dense", "mpt": "out_proj", "openai-gpt": "c_proj"
@@ -51,9 +50,7 @@ def by_hand(reference: Any, layer: int, part: str, fn: Change) -> Iterator[None]
             q, k = q.float(), k.float()
         scores = q.transpose(1, 2) @ k.transpose(1, 2).mT * scale + bias(reference, *q.shape[1:3]).to(q.dtype)
         visible = seen(reference, layer, q.shape[1])
-        scores = scores.masked_fill(~visible, HIDDEN.get(family, torch.finfo(scores.dtype).min))
-        if family == "gpt_neo":  # what is behind the query is hidden a second time
-            scores = scores.to(v.dtype).masked_fill(~visible.new_ones(visible.shape).tril(), torch.finfo(v.dtype).min)
+        scores = scores.to(v.dtype).masked_fill(~visible, torch.finfo(v.dtype).min)
         scores = fn(scores) if part == "scores" else scores
         pattern = scores.softmax(-1)
         pattern = fn(pattern) if part == "pattern" else pattern

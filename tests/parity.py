@@ -14,6 +14,9 @@ from interp_core.sites import SITES, Site
 
 IDS = torch.tensor([[5, 17, 33, 8, 61, 40, 22], [9, 54, 12, 70, 3, 28, 45]])
 
+HIDDEN = -5e3
+"""What is lower is the score of a hidden key; how low that is set is the family's, and the engine's."""
+
 
 class Cell(NamedTuple):
     """Largest absolute differences, over layers, to the hand-written hooks."""
@@ -107,8 +110,7 @@ def _scaled(x: Tensor) -> Tensor:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    lowest = torch.finfo(a.dtype).min / 2  # masked scores
-    a, b = a.clamp(min=lowest), b.clamp(min=lowest)
+    a, b = a.clamp(min=HIDDEN), b.clamp(min=HIDDEN)
     return apart(a - b)
 
 
