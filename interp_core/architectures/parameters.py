@@ -37,6 +37,13 @@ class Weights(NamedTuple):
     bias: Tensor
 
 
+def sizes_of(config: Any, name: str) -> list[int]:
+    """A setting of a model that is a number, in each layer where layers differ; [] if it has none."""
+    layers = range(config.num_hidden_layers) if getattr(config, "is_heterogeneous", False) else ()
+    held = [getattr(each, name, None) for each in ([config.per_layer_config[i] for i in layers] or [config])]
+    return [number for number in held if isinstance(number, int)]
+
+
 def parameter(module: nn.Module, name: str = "weight") -> Tensor:
     """A parameter or buffer of a module, or of one in it (`"inner.weight"`), whole and where that module computes.
 
@@ -197,15 +204,27 @@ def without_gradient(model: nn.Module, dtype: torch.dtype) -> str:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of kernels of which this is to find out
             x = torch.linspace(-1, 1, width, dtype=dtype, device=place)[None].requires_grad_()
+            if not _takes(module, x):  # rows of another shape: groups of features, say
+                continue
             try:
                 (followed,) = torch.autograd.grad(module.forward(x).sum(), x, allow_unused=True)
-            except (TypeError, AttributeError):  # it takes or gives more than one tensor: experts, a router
+            except (TypeError, AttributeError):  # it gives more than one tensor: experts, a router
                 continue
             except RuntimeError:
                 followed = None
         if followed is None or not followed.any():
             return f"{path} ({module._get_name()})"
     return ""
+
+
+def _takes(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module can be called with rows of so many features."""
+    try:
+        with torch.no_grad():
+            module.forward(x.detach())
+    except (RuntimeError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def device_of(*modules: nn.Module) -> torch.device:

@@ -35,6 +35,7 @@ CHECKED_POSITIONS = (WIDTH - 3, WIDTH - 1)
 """Positions that are edited: not all that a sliding window sees, which would shift all scores alike."""
 ALONE = WIDTH - 2
 """Length of the row that is run alone and padded."""
+EVERY_BLOCK = Site("resid_post")
 DERIVED_ONCE = ("expert_out",)
 """Sites read in one layer only, because reading them costs as much as the layer."""
 
@@ -170,14 +171,14 @@ def _demand_its_logits(model: Session, tokens: Tokens, run: Run) -> None:
     ours = run.logits.plain
     if "folded" in model.engine.name:  # which may shift all logits of a position alike
         ours, own = (x - x.mean(-1, keepdim=True) for x in (ours, own))
-    if (off := distance(ours, own)) > _limit(model):
+    if (off := distance(ours, own)) > limit(model):
         raise CapabilityError(
             f"engine {model.engine.name!r} gives other logits than this {type(model.hf).__name__} itself (off by "
             f"{off:.1e} of the largest), so its copy leaves something of the model out; load with engine='torch'"
         )
 
 
-def _limit(model: Session) -> float:
+def limit(model: Session) -> float:
     """How far logits of one model may be off that are computed in two ways; in half precision rounding may send a token
     to other experts."""
     return tolerance(model) if torch.finfo(model.dtype).eps < 1e-4 else 0.5
@@ -189,7 +190,7 @@ def _opened(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
         off = distance(run.logits.plain, forward(model, tokens).logits.plain)
         first, *others = inside
         what = "is the attention that the model does"
-        yield Finding(first, what, off <= _limit(model), f"logits differ by {off:.1e}", others=tuple(others))
+        yield Finding(first, what, off <= limit(model), f"logits differ by {off:.1e}", others=tuple(others))
 
 
 def _alike(run: Run) -> Iterator[Finding]:
@@ -278,12 +279,12 @@ def _routers(model: Session, tokens: Tokens) -> Iterator[Finding]:
 
 def _effects(model: Session, run: Run, ids: Tensor, totals: list[Sum]) -> Iterator[Finding]:
     """One row per kind of site and end of the model, each with one edit; row 0 has none."""
-    entries = _checked_entries(model.atlas)
+    entries = _checked_entries(model)
     try:
         edited = _edited(model, run, ids, entries, totals)
     except UNFIT:
         yield from _uneditable(model, run, ids, entries)
-        entries = _checked_entries(model.atlas)
+        entries = _checked_entries(model)
         edited = _edited(model, run, ids, entries, totals)
     layers = {entry.layer for entry in entries}
     seen = [total for total in totals if total.layer in layers]
@@ -311,6 +312,8 @@ def _edited(model: Session, run: Run, ids: Tensor, entries: list[Entry], totals:
     spans = {VISION: ((), *(((Span(1, WIDTH),) if is_visual else ()) for is_visual in visual))} if any(visual) else {}
     tokens = Tokens(ids.expand(n, -1).clone(), torch.ones(n, WIDTH, dtype=torch.bool), spans=spans)
     edits = [check_edit(entry, row + 1, n, run) for row, entry in enumerate(entries)]
+    if not model.can(EVERY_BLOCK.name, "write"):  # changes nothing, and counts how often blocks are run
+        edits.append(EVERY_BLOCK.scale(1.0))
     layers = {entry.layer for entry in entries}
     read = tuple(dict.fromkeys(Site(name, t.layer) for t in totals if t.layer in layers for name in t.names))
     return forward(model, tokens, read=read, edits=edits, logits=-1, allow_noop=True)
@@ -325,12 +328,22 @@ def _uneditable(model: Session, run: Run, ids: Tensor, entries: list[Entry]) -> 
             yield Finding(entry.name, f"can be edited in layer {entry.layer}", False, first_line(error), Law.EDIT)
 
 
-def _checked_entries(atlas: Atlas) -> list[Entry]:
-    """Every kind of site in its first and last layer."""
+def _checked_entries(model: Session) -> list[Entry]:
+    """Every kind of site in its first and last layer, and where it lies at a module that hangs in several layers."""
+    atlas, places = model.atlas, dict[int, list[str]]()
+    for path, module in model.hf.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(path)
+    shared = {path for paths in places.values() if len(paths) > 1 for path in paths}
+
+    def layers(name: str) -> set[int]:
+        points = [(layer, atlas.entries[name, layer].write) for layer in atlas.layers(name)]
+        within = [layer for layer, point in points if point is not None and point.module in shared]
+        return {*atlas.layers(name)[:1], *atlas.layers(name)[-1:], *within}
+
     return [
         atlas.entries[name, layer]
         for name in checked_sites(atlas)
-        for layer in sorted({*atlas.layers(name)[:1], *atlas.layers(name)[-1:]})
+        for layer in sorted(layers(name))
         if atlas.entries[name, layer].write is not None
         if name not in DERIVED_ONCE or layer == atlas.layers(name)[0]
         if not _is_twin(atlas, name, layer)
@@ -350,16 +363,19 @@ def _once(entries: list[Entry], edited: Run) -> Iterator[Finding]:
     Raises:
         CapabilityError: whole blocks are shared.
     """
-    for entry, receipt in zip(entries, edited.receipts, strict=True):
+    of_edits, of_blocks = edited.receipts[: len(entries)], edited.receipts[len(entries) :]
+    for blocks in of_blocks:
+        if blocks.fired > (n := len(blocks.layers)):
+            which = f"its {n} blocks" if n > 1 else "the same block"
+            raise CapabilityError(
+                f"this {edited.model.atlas.family.name} runs {which} {blocks.fired} times in a pass, for layers that "
+                "share their weights: a site would mean all of them at once. Nothing can be read or edited by layer; "
+                "load a model whose layers have weights of their own"
+            )
+    for entry, receipt in zip(entries, of_edits, strict=True):
         if receipt.fired < 2:
             continue
         often = f"{receipt.fired} times"
-        if entry.name == "resid_post":
-            raise CapabilityError(
-                f"this {edited.model.atlas.family.name} runs the same block {often} in a pass, for layers that share "
-                "their weights: a site would mean all of them at once. Nothing can be read or edited by layer; load a "
-                "model whose layers have weights of their own"
-            )
         # what is read is the last pass, which the equations of sites without layers are about
         law = Law.VALUE if SITES[entry.name].layered else Law.EDIT
         yield Finding(entry.name, "passes once", False, f"{often}, since others share its module", law)

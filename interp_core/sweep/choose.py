@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..architectures.parameters import sizes_of
 from ..batches import one_row
 from ..checks.selfcheck import WIDTH, check_tokens
 from ..cost import TOGETHER
@@ -91,6 +92,9 @@ def _checked(session: Session, strategy: str, tokens: Tokens, tower: Tower | Non
         return Check(f"engine {session.engine.name!r} runs one variant after the other")
     if why := session.atlas.lacking.get("batch"):
         return Check(f"rows of a batch change each other's numbers ({why})")
+    if len(session.atlas.layers("resid_pre")) < session.n_layers:
+        why = session.atlas.lacking.get("resid_pre", "not in every layer")
+        return Check(f"its blocks hand on no stream that has a site, so that no row can join it (resid_pre: {why})")
     if tokens.inputs and len(session.atlas.layers("deepstack")) >= session.n_layers:
         return Check(
             "DeepStack adds visual features after the last layer, behind which no pass of many rows can add them"
@@ -146,10 +150,10 @@ def _reach(session: Session, tokens: Tokens) -> Check:
     closed = [layer for layer in range(session.n_layers) if ("scores", layer) not in session.atlas.entries]
     if closed or any(session.atlas.entries["scores", layer].write is None for layer in range(session.n_layers)):
         return Check(f"layer {closed[0] if closed else 0} has no attention that can take keys of earlier positions")
-    chunk = getattr(config, "attention_chunk_size", None)
+    chunk = min(sizes_of(config, "attention_chunk_size"), default=0)
     if chunk and length > chunk:
         return Check(f"attention in chunks of {chunk} does not reach back over the whole text")
-    window = getattr(config, "sliding_window", None)
+    window = min(sizes_of(config, "sliding_window"), default=0)
     if not window or length <= window or not getattr(config, "use_sliding_window", True):
         return Check("")
     if session.strategy_checks.window is None:

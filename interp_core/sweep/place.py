@@ -25,11 +25,13 @@ from torch import distributed as dist
 
 from ..architectures.atlas import Entry
 from ..architectures.hook_points import HookPoint
+from ..architectures.parameters import sizes_of
 from ..cost import TOGETHER
 from ..engines.program import forward_order
 from ..engines.tower import Tower
 from ..errors import CapabilityError, PlanError
 from ..inputs import undivided
+from ..model_inputs import takes_positions
 from ..positions import ALL, Position, is_single, resolve
 from ..score import Score, SiteScore
 from ..session import Session
@@ -285,6 +287,8 @@ class Placer:
         if strategy in ("batched", "prefix"):  # all layers, but those that begin before the first block stay so
             layer = min(layer, 0)
         start = 0 if strategy in WHOLE else min(start, *self.scored[row])
+        if layer < 0 and not takes_positions(self.session, by_name=True):
+            start = 0  # what embeds columns without being told which they are, embeds all of them
         if "token_type_ids" in self.tokens.inputs:  # an image sees itself both ways
             start = next((run.start for run in image_spans(self.tokens, row) if run.start <= start < run.stop), start)
         if self.tokens.inputs and start * SHORT <= self.widths[row] - start:
@@ -378,16 +382,16 @@ class Placer:
     def _clean_bytes(self) -> int:
         """What a clean pass leaves of one token: streams, keys and values of all layers."""
         shape, config = self.session.atlas.shape, self.session.hf.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", 1)
-        width = getattr(config, "head_dim", None) or shape.d_model // heads
-        kept = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
+        heads = max(sizes_of(config, "num_attention_heads"), default=1)
+        width = max(sizes_of(config, "head_dim"), default=shape.d_model // heads)
+        kept = 2 * max(sizes_of(config, "num_key_value_heads"), default=heads) * width
         return self.session.n_layers * (shape.d_model + kept) * torch.empty((), dtype=self.session.dtype).element_size()
 
     def _row_bytes(self, width: int, columns: int) -> int:
         """What one row takes at most at a time: streams and MLP of its columns, attention over the text, its logits."""
         shape, config = self.session.atlas.shape, self.session.hf.config.get_text_config()
-        d_mlp = getattr(config, "intermediate_size", None) or 4 * shape.d_model
-        heads = getattr(config, "num_attention_heads", 1)
+        d_mlp = max(sizes_of(config, "intermediate_size"), default=4 * shape.d_model)
+        heads = max(sizes_of(config, "num_attention_heads"), default=1)
         # an upper bound: so many tensors of the stream, of the MLP and of attention never live at a time in a block; a
         # test holds it against the bytes that are allocated
         numbers = columns * (12 * shape.d_model + 3 * d_mlp + 3 * heads * width)

@@ -230,7 +230,8 @@ class Runner:
                 row[max(span.start - start, 0) : max(span.stop - start, 0)] = 0
         inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
         if any(starts) and not self.tokens.inputs:
-            inputs["position_ids"] = (torch.tensor(starts)[:, None] + torch.arange(columns)).to(device)
+            first = torch.tensor(starts) + self.session.first_position
+            inputs["position_ids"] = (first[:, None] + torch.arange(columns)).to(device)
         return inputs
 
     @contextmanager

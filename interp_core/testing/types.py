@@ -13,7 +13,7 @@ from ..errors import LoadError
 
 WIDTHS = {
     2: "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_query_groups "
-    "linear_num_key_heads index_n_heads type_vocab_size depth num_global_layers topk_group hc_mult "
+    "linear_num_key_heads type_vocab_size depth num_global_layers topk_group hc_mult "
     "hc_count o_groups encoder_layers",
     3: "num_hidden_layers num_layers n_layer n_layers decoder_layers num_decoder_layers num_encoder_layers "
     "num_blocks num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts "
@@ -31,7 +31,7 @@ WIDTHS = {
     "block_multiple_of",
     12: "v_head_dim hidden_size_per_layer_input",
     16: "head_dim swa_head_dim d_kv dim_head kv_channels attention_head_dim d_head attention_head_size "
-    "qk_nope_head_dim index_head_dim query_pre_attn_scalar o_lora_rank mamba_chunk_size chunk_size "
+    "qk_nope_head_dim index_n_heads index_head_dim query_pre_attn_scalar o_lora_rank mamba_chunk_size chunk_size "
     "rel_extent shape_embed_dim pronunciation_embed_dim prompt_mid_dim router_hidden_size "
     "position_bias_num_buckets image_size image_seq_length output_channels",
     20: "shape_vocab_size pronunciation_vocab_size",
