@@ -26,6 +26,8 @@ COMPILED = "_torchdynamo_orig_callable"
 LENT = "_interp_lent"
 """An attribute of a causal model that runs the modules of a classifier (`wrappers.py`): that one, and by the names of
 its own modules the names that they have there."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""How configs call what no logit is above."""
 ROWS = 1024
 """Unit vectors or ids that go through a module at a time."""
 
