@@ -248,6 +248,15 @@ def test_a_padded_row_that_is_not_the_row_alone_is_refused(ids: Tensor) -> None:
     close(right.as_subclass(Tensor), alone.as_subclass(Tensor))
 
 
+def test_padding_that_makes_nan_of_queries_is_refused_on_both_sides() -> None:
+    """Gemma 2 in float64: a query that sees padding alone is NaN, on the right one that is a window behind the text."""
+    model = ic.load(ic.testing.tiny("gemma2", dtype=torch.float64))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 2:] = False
+    with pytest.raises(ic.CapabilityError, match="padded on the right gets other numbers in this gemma2 .*nan"):
+        model.run(ic.Tokens(torch.full((2, 9), 7), mask))
+
+
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon", "hyperclovax", "bert"])
 def test_padded_rows_are_the_rows_alone(name: str, ids: Tensor) -> None:
     model = loaded(name)

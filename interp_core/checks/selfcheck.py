@@ -9,6 +9,7 @@ alone and padded on either side: that must not change it. What fails is taken ou
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -420,8 +421,11 @@ def _padding(model: Session, ids: Tensor, alone: Tensor) -> Iterator[Finding]:
         for side in sides:
             yield Finding(f"{side} padding", "changes nothing", False, first_line(error), Law.PADDING)
         return
-    for row, (side, real) in enumerate(sides.items()):
-        off = distance(logits[row, real], alone)
+    far = [distance(logits[row, real], alone) for row, real in enumerate(sides.values())]
+    # A query that sees nothing but padding may be NaN: on the right only those behind a window are that.
+    if math.isnan(far[0]) and any(reach.window or reach.chunk for reach in model.atlas.reaches.values()):
+        far[1] = far[0]
+    for side, off in zip(sides, far, strict=True):
         yield Finding(f"{side} padding", "changes nothing", off <= tolerance(model), f"{off:.1e}", Law.PADDING)
 
 
