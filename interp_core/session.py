@@ -81,7 +81,12 @@ class Session(Structure):
         self.turn.demand_idle(dict(self.hf.named_modules()))
         self.weightless = is_remote(options) and all(weight.is_meta for weight in self.hf.parameters())
         demand_usable(self.hf, weightless=self.weightless)
-        for name in ("heads", "keeps_logits", "first_position"):  # cached properties, of the model as it was
+        for name in (
+            "heads",
+            "keeps_logits",
+            "first_position",
+            "without_cache",
+        ):  # cached properties, of the model as it was
             vars(self).pop(name, None)
         self.atlas: Atlas = atlas_of(self.hf)
         self._embedding = self.hf.get_input_embeddings()
@@ -125,6 +130,13 @@ class Session(Structure):
     def keeps_logits(self) -> bool:
         """Whether its forward pass can leave out logits that nobody asked for."""
         return "logits_to_keep" in inspect.signature(type(self.hf).forward).parameters
+
+    @cached_property
+    def without_cache(self) -> dict[str, bool]:
+        """What a pass that keeps no keys and values is called with; a user's own class may take nothing of the kind."""
+        takes = inspect.signature(type(self.hf).forward).parameters
+        known = "use_cache" in takes or any(each.kind is each.VAR_KEYWORD for each in takes.values())
+        return {"use_cache": False} if known else {}
 
     @cached_property
     def first_position(self) -> int:

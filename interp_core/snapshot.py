@@ -186,8 +186,9 @@ def demand_plain(model: nn.Module) -> None:
         weight = getattr(embedding, "weight", None)
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
             raise LoadError(
-                f"the token embedding ({type(embedding).__name__}) is quantised, which is not supported: dtype and "
-                "device of a model are those of its embedding. Quantise the other layers alone."
+                f"the token embedding ({type(embedding).__name__}) shows no weight of numbers (quantised, or inside "
+                "a module around it), which is not supported: dtype and device of a model are those of its embedding. "
+                "Quantise or wrap the other layers alone."
             )
 
 

@@ -125,9 +125,7 @@ def test_scales_and_caps_of_tokens_are_not_those_of_labels(family: str, setting:
 def test_heads_that_cannot_be_served_are_told_what_is_so() -> None:
     sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
     tagger = transformers.BertForTokenClassification(transformers.BertConfig(intermediate_size=48, **sizes)).eval()
-    with pytest.raises(
-        ic.LoadError, match="cannot take the place of the unembedding of BertLMHeadModel, which lies in"
-    ):
+    with pytest.raises(ic.LoadError, match="cannot take the place of BertLMHeadModel's unembedding, which lies in"):
         ic.load(tagger)
     bart = transformers.BartConfig(vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, pad_token_id=0)
     with pytest.raises(
@@ -164,9 +162,7 @@ def test_other_heads_load_where_they_are_made_of_each_position() -> None:
         vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=3
     )
     pooled = transformers.BertForSequenceClassification(config).eval()
-    with pytest.raises(
-        ic.LoadError, match="head of BertForSequenceClassification cannot take the place of the unembedding"
-    ):
+    with pytest.raises(ic.LoadError, match="head of BertForSequenceClassification cannot take the place of"):
         ic.load(pooled)
 
 

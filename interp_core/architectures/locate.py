@@ -34,7 +34,7 @@ from .reach import Reach
 from .shards import share_out
 from .towers import last_used
 from .undescribed import explain, refusals, router_reason
-from .unfit import decoder_alone, demand_fit
+from .unfit import decoder_alone, demand_fit, demand_own_blocks
 
 
 @cache
@@ -70,6 +70,7 @@ def build(model: Any, family: Family | None) -> Atlas:
             f"{type(model).__name__} shows no list of transformer blocks with attention, which sites are of. "
             "For another layout write a family file, see docs/families.md."
         )
+    demand_own_blocks(type(model).__name__, modules[paths["blocks"]])
     unnamed = family is None
     undescribed = {} if family and family.router else router_reason(model, modules)
     family = family or Family(str(model.config.model_type))

@@ -59,6 +59,22 @@ def demand_one_text(model: Any) -> None:
         raise LoadError(f"{type(model).__name__} {encoder_decoder(model.config)}")
 
 
+def demand_own_blocks(name: str, blocks: nn.Module) -> None:
+    """Refuse a list of blocks in which one stands several times.
+
+    Raises:
+        LoadError: naming its layers.
+    """
+    layers: dict[int, list[str]] = {}
+    for layer, block in blocks._modules.items():
+        layers.setdefault(id(block), []).append(layer)
+    if same := next((places for places in layers.values() if len(places) > 1), None):
+        raise LoadError(
+            f"{name} cannot be served: layers {', '.join(same)} are one and the same block, so that a site would mean "
+            "all of them at once; give each a copy of its own (copy.deepcopy)"
+        )
+
+
 def decoder_alone(blocks: nn.Module, config: Any) -> list[str]:
     """What a user should know of the decoder of an encoder-decoder; nothing of other models."""
     names = [name for block in blocks.children() for name, _ in block.named_children() if name in CROSS]

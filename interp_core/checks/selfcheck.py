@@ -168,7 +168,7 @@ def _demand_its_logits(model: Session, tokens: Tokens, run: Run) -> None:
     if model.engine.model is model.hf or getattr(model.engine, "remote", False):
         return
     with torch.no_grad():
-        own = model.hf(**model_inputs(model, tokens), use_cache=False).logits
+        own = model.hf(**model_inputs(model, tokens), **model.without_cache).logits
     ours = run.logits.plain
     if "folded" in model.engine.name:  # which may shift all logits of a position alike
         ours, own = (x - x.mean(-1, keepdim=True) for x in (ours, own))
@@ -257,7 +257,10 @@ def check_site(name: str, layer: int) -> Site:
 def check_tokens(model: Session) -> Tensor:
     """A few ordinary token ids, the same for every load."""
     config = model.hf.config
-    special = placeholder_ids(config) | {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
+    special = placeholder_ids(config)
+    for kind in ("pad", "bos", "eos"):
+        ids_of = getattr(config, f"{kind}_token_id", None)  # one, or a list, as Llama 3 has for the end
+        special |= {*ids_of} if isinstance(ids_of, (list, tuple)) else {ids_of}
     size = model.atlas.shape.n_ids
     ids = [i * 7919 % size for i in range(1, 4 * WIDTH)]
     return torch.tensor([i for i in ids if i not in special][:WIDTH])
@@ -331,10 +334,7 @@ def _uneditable(model: Session, run: Run, ids: Tensor, entries: list[Entry]) -> 
 
 def _checked_entries(model: Session) -> list[Entry]:
     """Every kind of site in its first and last layer, and where it lies at a module that hangs in several layers."""
-    atlas, places = model.atlas, dict[int, list[str]]()
-    for path, module in model.hf.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(path)
-    shared = {path for paths in places.values() if len(paths) > 1 for path in paths}
+    atlas, shared = model.atlas, _shared(model)
 
     def layers(name: str) -> set[int]:
         points = [(layer, atlas.entries[name, layer].write) for layer in atlas.layers(name)]
@@ -351,6 +351,14 @@ def _checked_entries(model: Session) -> list[Entry]:
     ]
 
 
+def _shared(model: Session) -> set[str]:
+    """Paths of modules that hang in several places."""
+    places = dict[int, list[str]]()
+    for path, module in model.hf.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(path)
+    return {path for paths in places.values() if len(paths) > 1 for path in paths}
+
+
 def _is_twin(atlas: Atlas, name: str, layer: int) -> bool:
     """Whether a site is another one under a second name."""
     first = next((atlas.entries.get((of, layer)) for of, twin in TWINS.items() if twin == name), None)
@@ -365,6 +373,7 @@ def _once(entries: list[Entry], edited: Run) -> Iterator[Finding]:
         CapabilityError: whole blocks are shared.
     """
     of_edits, of_blocks = edited.receipts[: len(entries)], edited.receipts[len(entries) :]
+    shared = _shared(edited.model)
     for blocks in of_blocks:
         if blocks.fired > (n := len(blocks.layers)):
             which = f"its {n} blocks" if n > 1 else "the same block"
@@ -379,7 +388,8 @@ def _once(entries: list[Entry], edited: Run) -> Iterator[Finding]:
         often = f"{receipt.fired} times"
         # what is read is the last pass, which the equations of sites without layers are about
         law = Law.VALUE if SITES[entry.name].layered else Law.EDIT
-        yield Finding(entry.name, "passes once", False, f"{often}, since others share its module", law)
+        alone = (entry.layer,) if entry.write is not None and entry.write.module in shared else ()
+        yield Finding(entry.name, "passes once", False, f"{often}, since others share its module", law, layers=alone)
 
 
 def _added(model: Session, edited: Run, totals: list[Sum], entries: list[Entry]) -> Iterator[Finding]:

@@ -167,7 +167,7 @@ def _told_window(session: Session, window: int) -> Check:
     kinds, ids = getattr(session.hf.config.get_text_config(), "layer_types", None), check_tokens(session)[None]
     assert runs_rows(session.engine)
     rows = Rows([range(ids.shape[1])], {}, ids.shape[1])
-    inputs = {"input_ids": ids.to(session.device), "use_cache": False}
+    inputs = {"input_ids": ids.to(session.device), **session.without_cache}
     blocks = _blocks(session)
     layers = _representative(session, blocks, middle=True)
     with _shortened(session, blocks, layers) as counted:

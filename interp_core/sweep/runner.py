@@ -167,7 +167,7 @@ class Runner:
         read, images = self.plan.sites[group.texts[0]], bool(self.tokens.inputs)
         with self._turn(), self.session.fresh(), self._only_scored(columns) as scored:
             if images:
-                inputs = {**model_inputs(self.session, self._together(group.texts)), "use_cache": False}
+                inputs = {**model_inputs(self.session, self._together(group.texts)), **self.session.without_cache}
             else:
                 inputs = self._inputs(group.texts, starts, group.width)
             wanted = scored if read is None else None
@@ -228,7 +228,7 @@ class Runner:
             row[: len(real)] = real
             for span in image_spans(self.tokens, text):  # what the tower handed over is in the clean pass' streams
                 row[max(span.start - start, 0) : max(span.stop - start, 0)] = 0
-        inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": ids.to(device), **self.session.without_cache}
         if any(starts) and not self.tokens.inputs:
             first = torch.tensor(starts) + self.session.first_position
             inputs["position_ids"] = (first[:, None] + torch.arange(columns)).to(device)
