@@ -113,7 +113,8 @@ def with_its_head(model: Any) -> Any:
             if ours.shape == theirs.shape and torch.allclose(ours, theirs, 1e-3, 1e-3):
                 return shell
     if not heads or own:
-        why = f"cannot take the place of {causal.__name__}'s unembedding, which lies in a module or behind layers of its own"
+        where = "in a module or behind layers of its own"
+        why = f"cannot take the place of {causal.__name__}'s unembedding, which lies {where}"
     else:
         why = (
             "does not make its logits of the stream after the final norm, position by position (it pools, or has "

@@ -260,7 +260,7 @@ def check_tokens(model: Session) -> Tensor:
     special = placeholder_ids(config)
     for kind in ("pad", "bos", "eos"):
         ids_of = getattr(config, f"{kind}_token_id", None)  # one, or a list, as Llama 3 has for the end
-        special |= {*ids_of} if isinstance(ids_of, (list, tuple)) else {ids_of}
+        special |= {*ids_of} if isinstance(ids_of, (list, tuple)) else {int(ids_of)} if ids_of is not None else set()
     size = model.atlas.shape.n_ids
     ids = [i * 7919 % size for i in range(1, 4 * WIDTH)]
     return torch.tensor([i for i in ids if i not in special][:WIDTH])
