@@ -122,7 +122,8 @@ OWN: dict[str, dict[str, Any]] = {
     "dots1": _ROUTED,
     "falcon_h1": {"mamba_d_ssm": 128},
     "dots3_note_text": {
-        **_EQUAL, "index_n_heads": 12, "index_head_dim": 16, "head_dim": 24, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2,
+        **_EQUAL, "index_n_heads": 12, "index_head_dim": 16, "head_dim": 24, "swa_num_attention_heads": 2,
+        "swa_num_key_value_heads": 2,
         "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16,
         "swa_v_head_dim": 8, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"],
         "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
