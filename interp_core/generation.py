@@ -18,21 +18,27 @@ from torch import Tensor
 
 from .architectures.atlas import CAUSAL, Atlas
 from .architectures.hook_points import KEYED
+from .architectures.parameters import is_special
 from .batches import padded_on
+from .checks.equations import distance
+from .checks.selfcheck import check_tokens, limit
 from .decoding import Ends, decoding
 from .drawing import drawing
 from .engines.protocol import PassRecord, Slot
 from .errors import CapabilityError, PlanError, ReadError
 from .foreign import GENERATION, Abroad, Answering
-from .model_inputs import first_position, from_first, keeps_nothing, model_inputs
+from .model_inputs import model_inputs, takes_positions
 from .pass_views import GenerationView
 from .positions import LAST, Rows, Span, resolve
 from .readings import Reading, ReadStore
 from .receipts import Receipt, demand_effect, demand_proof, receipts
-from .run import CompiledPlan
+from .run import CompiledPlan, forward
 from .session import Input, Session
 from .sites import TENSOR_OPS, Edit, Site
 from .text import Tokens, token_text
+
+FINE = ("", "")
+"""What is wrong with steps of which nothing is."""
 
 
 def generate(
@@ -66,7 +72,7 @@ def generate(
     Raises:
         PlanError: an edit whose value has positions that generation moves, or an option that is refused or unknown.
         TextError: prompt and new tokens do not fit the context.
-        CapabilityError: a model whose positions see later ones.
+        CapabilityError: a model whose positions see later ones, or whose steps are wrong.
         EffectError: an edit did nothing.
     """
     if CAUSAL in (lacking := model.atlas.lacking):
@@ -86,7 +92,7 @@ def generate(
     model.fit(tokens, how.new - 1)  # the last new token is chosen, and never run
     compiled = CompiledPlan(model, *model.program(read, edits))
     model.snapshot.demand_no_checkpoints()
-    _check_plan(compiled, rows)
+    _check_plan(compiled, rows, tokens.padded)
     inputs = _inputs(tokens, compiled) | how.arguments
     with compiled.in_step("generate", tokens), model.turn, torch.no_grad(), model.fresh(), drawing(seed):
         final = _grown(rows, how.new - 1)
@@ -98,14 +104,11 @@ def generate(
     return generation
 
 
-def _check_plan(compiled: CompiledPlan, rows: Rows) -> None:
-    """Refuse edits and sites that cannot be carried out while generating."""
-    if (compiled.edits or compiled.program.slots) and keeps_nothing(hf := compiled.model.hf):
-        raise CapabilityError(
-            f"{type(hf).__name__} keeps nothing of earlier tokens, so every step would run the whole text again, at "
-            "positions that edits and reads do not know; generate without them, or call run() on the text so far and "
-            "put the likeliest token behind it"
-        )
+def _check_plan(compiled: CompiledPlan, rows: Rows, padded: bool) -> None:
+    """Refuse edits and sites that cannot be carried out while generating, and padding that cannot."""
+    inside = bool(compiled.edits or compiled.program.slots)
+    if (inside or padded) and compiled.model.steps_wrong != FINE:
+        _demand_steps(compiled.model, inside, padded)
     sites: dict[str, Site] = {}  # one of each name, plans may have thousands
     for edit in compiled.edits:
         _check_steady(edit, rows)
@@ -120,16 +123,59 @@ def _check_plan(compiled: CompiledPlan, rows: Rows) -> None:
 
 
 def _inputs(tokens: Tokens, compiled: CompiledPlan) -> dict[str, Any]:
-    """The model's inputs, for transformers' `generate`; it derives position ids from the mask by itself."""
-    placed = model_inputs(compiled.model, tokens)
+    """The model's inputs, for transformers' `generate`; it derives position ids from the mask by itself, counting from
+    zero, which RoBERTa and its kin do not, and for models whose forward names them, which Whisper's does not."""
+    model, placed = compiled.model, model_inputs(compiled.model, tokens)
     inputs = {name: value for name, value in placed.items() if name != "position_ids" or name in tokens.inputs}
-    mask = inputs["attention_mask"] = tokens.mask.to(compiled.model.device, torch.long)
-    # transformers counts from 0 in every model
-    if "position_ids" not in inputs and (first := first_position(compiled.model.hf)):
-        inputs["position_ids"] = from_first(mask) + first
-    if compiled.touches("logits"):
+    inputs["attention_mask"] = tokens.mask.to(model.device, torch.long)
+    first, own = model.first_position, "position_ids" in inputs
+    if not own and (first or (tokens.padded and not takes_positions(model, by_name=True))) and takes_positions(model):
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0) + first
+    if compiled.touches("logits") and model.keeps_logits:
         inputs["logits_to_keep"] = 0  # it would compute the prompt's last ones only
     return inputs
+
+
+def _demand_steps(model: Session, inside: bool, padded: bool) -> None:
+    """Refuse models whose steps behind the prompt are not those of a pass over the whole text. It is tried once, on a
+    few tokens, before the first generation with edits, reads or padding. Without these what transformers gives stands.
+
+    Raises:
+        CapabilityError: a step gives other logits, of any row or of padded ones, or computes the whole text again.
+    """
+    if model.steps_wrong is None:
+        model.steps_wrong = FINE  # while it is tried
+        model.steps_wrong = _try_steps(model)
+    of_any, of_padded = model.steps_wrong
+    name = model.atlas.family.name
+    if of_any and inside:
+        raise CapabilityError(
+            f"generate: this {name} {of_any}: run() the text, and again with every token that it chooses"
+        )
+    if padded and of_padded:
+        raise CapabilityError(
+            f"generate: a row of this {name} that is padded {of_padded}: generate row by row (for row in tokens)"
+        )
+
+
+def _try_steps(model: Session) -> tuple[str, str]:
+    """What is wrong with the first step behind a prompt, of a row that fills the batch and of one that is padded."""
+    ids, logits = check_tokens(model), Site("logits")
+    left, mask = ids[None], torch.ones(1, len(ids), dtype=torch.bool)
+    if not model.atlas.lacking.get("left padding"):
+        left, mask = torch.stack([ids, torch.cat([ids[:1].expand(2), ids[:-2]])]), mask.repeat(2, 1)
+        mask[1, :2] = False
+    made = generate(model, Tokens(left, mask), (), logits, max_new_tokens=2, stop_at_eos=False)
+    step = made.steps[1][logits].plain
+    if step.shape[1] > 1:
+        return "keeps nothing from step to step, so that each computes the whole text again without the edit", ""
+    whole = Tokens(torch.cat([left, made.ids[:, :1]], 1), torch.cat([mask, mask[:, -1:]], 1))
+    wanted = forward(model, whole, logits=-1).logits.plain
+    most = 0.5 if any(map(is_special, model.hf.modules())) else limit(model)
+    off = [distance(one, other) for one, other in zip(step[:, -1], wanted, strict=True)]
+    why = "gets other logits from what transformers hands on from step to step than in one pass (off by {:.1e})"
+    wrong = ["" if far <= most else why.format(far) for far in off]
+    return wrong[0], wrong[-1]
 
 
 def _grown(rows: Rows, more: int) -> Rows:

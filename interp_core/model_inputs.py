@@ -46,8 +46,8 @@ def model_inputs(model: Session, tokens: Tokens, *, cache: bool = False) -> dict
         inputs["attention_mask"] = mask
     # With images of any size the model works positions out of their grids by itself, from ids and mask.
     by_grids = any(name.endswith("_grid_thw") for name in extras)
-    if padded and not by_grids and _takes_positions(model):
-        inputs["position_ids"] = (from_first(mask) + first_position(model.hf))[:, -width:]
+    if padded and not by_grids and takes_positions(model):
+        inputs["position_ids"] = (_from_first(mask) + model.first_position)[:, -width:]
     for name, value in extras.items():
         inputs[name] = value.to(device) if isinstance(value, Tensor) else value
     for name, value in inputs.items():
@@ -57,7 +57,7 @@ def model_inputs(model: Session, tokens: Tokens, *, cache: bool = False) -> dict
     return inputs
 
 
-def from_first(mask: Tensor) -> Tensor:
+def _from_first(mask: Tensor) -> Tensor:
     """Columns counted from each row's first real token to its last, as `forward` counts a row that begins in column 0:
     padding around a row takes no part, holes in it do."""
     columns = torch.arange(mask.shape[1], device=mask.device)
@@ -77,27 +77,16 @@ def _check_padding(atlas: Atlas, tokens: Tokens) -> None:
             )
 
 
-def _takes_positions(model: Session) -> bool:
+def takes_positions(model: Session, *, by_name: bool = False) -> bool:
+    """Whether a model can be told positions.
+
+    Args:
+        by_name: a forward that only hands on what it does not know counts as one that cannot.
+    """
     takes = inspect.signature(type(model.hf).forward).parameters
-    return "position_ids" in takes or any(item.kind is item.VAR_KEYWORD for item in takes.values())
-
-
-def first_position(hf: Any) -> int:
-    """The position that a model gives a text's first token: RoBERTa and its kin count from behind the padding id,
-    others from where their table of positions begins, most from 0."""
-    for path, module in hf.named_modules():
-        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.padding_idx) + 1
-    tables = (table for path, table in hf.named_buffers() if path.endswith("embeddings.position_ids"))
-    return next((int(table.flatten()[0]) for table in tables), 0)
+    return "position_ids" in takes or (not by_name and any(item.kind is item.VAR_KEYWORD for item in takes.values()))
 
 
 def cache_name(hf: Any) -> str:
     """What a model calls the cache that it is handed; most have another word for it since transformers 5.24."""
     return "cache" if "cache" in inspect.signature(type(hf).forward).parameters else CACHE
-
-
-def keeps_nothing(hf: Any) -> bool:
-    """Whether a model has no cache or state of earlier tokens, so that every step of a generation runs all the text."""
-    takes = inspect.signature(type(hf).forward).parameters
-    return "input_ids" in takes and not {CACHE, "cache", "cache_params", "state"} & set(takes)

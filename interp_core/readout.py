@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures.atlas import Atlas
-from .architectures.parameters import bias_of, is_numbers, parameter, runs_own_forward
+from .architectures.parameters import CAPS, bias_of, is_numbers, parameter, runs_own_forward
 from .architectures.shards import called
 from .errors import PlanError, wrong
 from .sites import Site
@@ -80,10 +80,7 @@ def finished(config: Any, logits: Tensor) -> Tensor:
 
 def cap_of(config: Any) -> float | None:
     """What no logit is above, in families that bend them; by all names that configs have for it."""
-    caps = (
-        getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    )
-    return next((cap for cap in caps if cap), None)
+    return next((cap for name in CAPS if (cap := getattr(config, name, None))), None)
 
 
 def is_plain(head: Any) -> bool:

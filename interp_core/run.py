@@ -227,7 +227,7 @@ class CompiledPlan(PlanView):
                 self._check_stop(bool(grad))
             if graph:
                 self._check_grad(grad)
-            inputs = {**model_inputs(model, tokens, cache=True), "use_cache": False}
+            inputs = {**model_inputs(model, tokens, cache=True), **model.without_cache}
             if CACHE in inputs:
                 self._check_cached()
                 inputs[cache_name(model.hf)] = _copied(inputs.pop(CACHE))  # the pass adds to it, the caller's stays

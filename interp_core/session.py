@@ -56,6 +56,8 @@ class Session(Structure):
         processor: what makes pixels of images, or None; `no_processor` says why.
         atlas: which sites it has.
         strategy_checks: what trying strategies of sweeps on it gave.
+        steps_wrong: what is wrong with the steps of a generation, of any row and of padded ones; "" for nothing, None
+            before it was tried.
         turn: held while it runs; one for all models that share modules.
         snapshot: what it was like when it was opened, last.
         weightless: it has no weights here, as plans run where they are.
@@ -79,7 +81,12 @@ class Session(Structure):
         self.turn.demand_idle(dict(self.hf.named_modules()))
         self.weightless = is_remote(options) and all(weight.is_meta for weight in self.hf.parameters())
         demand_usable(self.hf, weightless=self.weightless)
-        for name in ("heads", "keeps_logits"):  # cached properties, of the model as it was
+        for name in (
+            "heads",
+            "keeps_logits",
+            "first_position",
+            "without_cache",
+        ):  # cached properties, of the model as it was
             vars(self).pop(name, None)
         self.atlas: Atlas = atlas_of(self.hf)
         self._embedding = self.hf.get_input_embeddings()
@@ -92,6 +99,7 @@ class Session(Structure):
             self.atlas.notes.append(f"{why}: nothing was checked")
         self._programs: OrderedDict[Any, Program] = OrderedDict()
         self.strategy_checks = StrategyChecks()
+        self.steps_wrong: tuple[str, str] | None = None
         self._warned = False
         self._ends: str | None = None
         # An engine's copy shares the weights: who runs one holds off who would run the other.
@@ -122,6 +130,23 @@ class Session(Structure):
     def keeps_logits(self) -> bool:
         """Whether its forward pass can leave out logits that nobody asked for."""
         return "logits_to_keep" in inspect.signature(type(self.hf).forward).parameters
+
+    @cached_property
+    def without_cache(self) -> dict[str, bool]:
+        """What a pass that keeps no keys and values is called with; a user's own class may take nothing of the kind."""
+        takes = inspect.signature(type(self.hf).forward).parameters
+        known = "use_cache" in takes or any(each.kind is each.VAR_KEYWORD for each in takes.values())
+        return {"use_cache": False} if known else {}
+
+    @cached_property
+    def first_position(self) -> int:
+        """The position that the model gives a text's first token: RoBERTa and its kin count from behind the padding id,
+        others from where their table of positions begins, most from 0."""
+        for path, module in self.hf.named_modules():
+            if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                return int(module.padding_idx) + 1
+        tables = (table for path, table in self.hf.named_buffers() if path.endswith("embeddings.position_ids"))
+        return next((int(table.flatten()[0]) for table in tables), 0)
 
     def fingerprint(self) -> str:
         """Sixteen digits that stand for all in which this model's numbers may differ from another's: all its weights

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .architectures.parameters import LENT
+from .architectures.parameters import CAPS, LENT
 from .errors import CapabilityError, LoadError
 
 Place = tuple[Mapping[str, Any], str, Any]
@@ -63,7 +63,9 @@ class Snapshot:
         # What can draw is few of the modules, and which they are is settled; whether they train is looked at each time.
         self._draws = tuple(item for item in model.named_modules() if _may_draw(item[1]))
         # One level deep, for the price of a look at every run: what is written into a nested setting goes unnoticed.
-        self._configs = [(kept, dict(kept)) for kept in (vars(model.config), vars(model.config.get_text_config()))]
+        owner, _ = vars(model).get(LENT, (model, {}))
+        configs = (model.config, model.config.get_text_config(), owner.config)
+        self._configs = [(kept, dict(kept)) for kept in map(vars, configs)]
         embedding = model.get_input_embeddings()
         # One weight stands for all: `model.to` moves and casts them together.
         self._table = next(module._parameters for module in embedding.modules() if "weight" in module._parameters)
@@ -184,8 +186,9 @@ def demand_plain(model: nn.Module) -> None:
         weight = getattr(embedding, "weight", None)
         if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
             raise LoadError(
-                f"the token embedding ({type(embedding).__name__}) is quantised, which is not supported: dtype and "
-                "device of a model are those of its embedding. Quantise the other layers alone."
+                f"the token embedding ({type(embedding).__name__}) shows no weight of numbers (quantised, or inside "
+                "a module around it), which is not supported: dtype and device of a model are those of its embedding. "
+                "Quantise or wrap the other layers alone."
             )
 
 
@@ -264,6 +267,23 @@ def take_again(model: Any) -> None:
     owner, names = vars(model).get(LENT, (None, {}))
     for own, name in names.items():
         setattr(model, own, getattr(owner, name))
+    if owner is not None:
+        model.config = bare_config(owner.config)
+
+
+def bare_config(config: Any) -> Any:
+    """The config of a classifier without what its family does to the logits of tokens: no scale, no cap. Where there is
+    none, the config itself."""
+    settings = vars(config)
+    scaled = {name: 1.0 for name in ("logit_scale", "logits_scaling") if settings.get(name) not in (None, 1)}
+    changed = scaled | {name: None for name in CAPS if settings.get(name) is not None}
+    if settings.get("dim_model_base"):  # MiniCPM's scale is of the stream's width to this one
+        changed["dim_model_base"] = config.hidden_size
+    if not changed:
+        return config
+    bare = copy(config)
+    vars(bare).update(changed)
+    return bare
 
 
 def _switched(own: Mapping[str, Any]) -> list[Any]:

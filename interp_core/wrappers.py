@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .architectures.parameters import LENT
-from .architectures.unfit import with_head
+from .architectures.unfit import demand_one_text, with_head
 from .engines.turns import turn_of
 from .errors import LoadError, first_line
-from .snapshot import demand_steady, take_again
+from .snapshot import bare_config, demand_steady, take_again
 
 IDS = 8
 """Tokens on which a wrapper is held against what it wraps."""
@@ -86,12 +86,13 @@ def with_its_head(model: Any) -> Any:
     """
     if model.get_output_embeddings() is not None:
         return model
+    demand_one_text(model)
     kind, causal = type(model).__name__, _causal(type(model.config))
     called = next((name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)), "")
     if not called or causal is None:
         raise LoadError(f"{kind} has no output embeddings; {_head_inside(model) or with_head(model.config)}")
     with torch.device("meta"):
-        shell = causal(model.config)
+        shell = causal(bare_config(model.config))
     heads = [name for name, part in shell.named_children() if part is shell.get_output_embeddings()]
     lent = {causal.base_model_prefix: model.base_model_prefix, **dict.fromkeys(heads, called)}
     vars(shell)[LENT] = model, lent
@@ -111,10 +112,17 @@ def with_its_head(model: Any) -> Any:
             ours = ours if theirs.ndim == ours.ndim else ours[:, -1]
             if ours.shape == theirs.shape and torch.allclose(ours, theirs, 1e-3, 1e-3):
                 return shell
+    if not heads or own:
+        where = "in a module or behind layers of its own"
+        why = f"cannot take the place of {causal.__name__}'s unembedding, which lies {where}"
+    else:
+        why = (
+            "does not make its logits of the stream after the final norm, position by position (it pools, or has "
+            "layers of its own)"
+        )
     raise LoadError(
-        f"the head of {kind} does not make its logits of the stream after the final norm, position by position (it "
-        "pools, or has layers of its own), so there is no site logits; pass the model with its language modelling "
-        f"head, such as {causal.__name__}"
+        f"the head of {kind} {why}, so there is no site logits; pass the model with its language modelling head, such "
+        f"as {causal.__name__}"
     )
 
 

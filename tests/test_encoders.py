@@ -334,6 +334,40 @@ def test_a_site_that_raises_is_withdrawn_and_the_rest_works(
     assert torch.equal(model.run(ids, edits=edit).logits, plain.run(ids, edits=edit).logits)
 
 
+def test_several_ids_that_end_a_text_do_not_matter(ids: Tensor) -> None:
+    """As Llama 3's config lists them."""
+    hf = ic.testing.tiny("llama")
+    hf.config.eos_token_id = [1, 2]
+    assert torch.equal(ic.load(hf).run(ids).logits, ic.load(ic.testing.tiny("llama")).run(ids).logits)
+
+
+class Strict(transformers.LlamaForCausalLM):
+    """Takes a text and its mask and nothing else."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:  # type: ignore[override]
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_a_class_that_takes_few_arguments_runs_and_sweeps(ids: Tensor) -> None:
+    hf = ic.testing.tiny("llama")
+    hf.__class__ = Strict
+    model, plain, score = ic.load(hf), ic.load(ic.testing.tiny("llama")), ic.score.logprob(7)
+    assert set(model.sites) == set(plain.sites) and torch.equal(model.run(ids).logits, plain.run(ids).logits)
+    edits = [S.z[1, 2].zero(), S.embed.at(3).scale(2.0)]
+    close(model.sweep(ids, edits, score).values, plain.sweep(ids, edits, score).values)
+
+
+def test_modules_that_layers_share_are_told(ids: Tensor) -> None:
+    """In layers between the first and the last as well."""
+    hf = ic.testing.tiny("llama", num_hidden_layers=5)
+    hf.model.layers[3].mlp = hf.model.layers[2].mlp
+    model = ic.load(hf)
+    assert model.layers(S.mlp_act) == [0, 1, 4] and model.layers(S.q) == [0, 1, 2, 3, 4]
+    hf.model.layers[3] = hf.model.layers[2]
+    with pytest.raises(ic.LoadError, match="layers 2, 3 are one and the same block"):
+        ic.load(hf)
+
+
 def test_a_layout_that_nobody_knows_is_refused_in_our_words() -> None:
     hf = ic.testing.tiny("llama")
     hf.get_output_embeddings = object

@@ -120,3 +120,14 @@ def test_unused_sites_have_zero_gradient(ids: torch.Tensor) -> None:
     model = tiny_model("llama")
     run = model.run(ids, read=S.resid_post[2], grad=lambda logits: logits[:, 0].sum())
     assert not run.grad[S.resid_post[2]][:, 1:].any() and run.grad[S.resid_post[2]][:, 0].any()
+
+
+def test_projections_of_groups_have_gradients(ids: torch.Tensor) -> None:
+    """DeepSeek-V4's output projection takes its input group by group, and is differentiated like any other."""
+    model = tiny_model("deepseek_v4", torch.float64)
+    (layer, *_), step = model.layers(S.mlp_in), 1e-4
+    site = S.mlp_in[layer]
+    gradient = model.run(ids, read=site, grad=scalar).grad[site].plain
+    way = torch.linspace(-1, 1, gradient.numel(), dtype=torch.float64).view_as(gradient)
+    ends = [scalar(model.run(ids, edits=site.add(sign * step * way)).logits.plain) for sign in (1, -1)]
+    torch.testing.assert_close((ends[0] - ends[1]) / (2 * step), (gradient * way).sum(), atol=1e-2, rtol=1e-2)

@@ -226,6 +226,8 @@ def test_streams_that_are_no_plain_sum_say_so() -> None:
 def test_shared_layers_are_refused() -> None:
     with pytest.raises(ic.CapabilityError, match="albert runs the same block 3 times in a pass"):
         loaded("albert")
+    with pytest.raises(ic.CapabilityError, match="dory runs its 4 blocks 6 times in a pass"):  # those in the middle
+        ic.load(ic.testing.tiny("dory"))
 
 
 def test_a_padded_row_that_is_not_the_row_alone_is_refused(ids: Tensor) -> None:
@@ -241,6 +243,15 @@ def test_a_padded_row_that_is_not_the_row_alone_is_refused(ids: Tensor) -> None:
     alone = model.run(ids[1:, :4]).logits[0]
     right = model.run(ic.Tokens(ids, mask.flip(1))).logits[1, :4]
     close(right.as_subclass(Tensor), alone.as_subclass(Tensor))
+
+
+def test_padding_that_makes_nan_of_queries_is_refused_on_both_sides() -> None:
+    """Gemma 2 in float64: a query that sees padding alone is NaN, on the right one that is a window behind the text."""
+    model = ic.load(ic.testing.tiny("gemma2", dtype=torch.float64))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 2:] = False
+    with pytest.raises(ic.CapabilityError, match="padded on the right gets other numbers in this gemma2 .*nan"):
+        model.run(ic.Tokens(torch.full((2, 9), 7), mask))
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon", "hyperclovax", "bert"])

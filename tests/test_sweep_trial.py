@@ -111,6 +111,18 @@ OTHERS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["bart", "camembert", "gemma3n_text", "gemma4_text"])
+def test_sweeps_of_odd_models_are_their_runs(name: str) -> None:
+    """Positions that a model counts by itself, or from elsewhere than zero, in what it embeds; several streams, of which
+    none can be a row among others; sizes that differ from layer to layer."""
+    model, vector = tiny_model(name, torch.float64), torch.linspace(-2, 2, 64, dtype=torch.float64)
+    edits = [site.at(pos).add(vector) for site in (S.embed, S.mlp_in[1]) for pos in (1, 3, -1)]
+    judged = score.logit_diff(3, 9)
+    swept = model.sweep(tokens(), edits, judged)
+    runs = [torch.cat([judged(model.run(row, edits=edit)) for row in tokens()]) for edit in edits]
+    torch.testing.assert_close(swept.values, torch.stack(runs).to(swept.values), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_a_trial_lets_pass_holds(name: str) -> None:

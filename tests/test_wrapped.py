@@ -74,7 +74,7 @@ def classifier(kind: str, family: str = "llama", labels: int = 3) -> Any:
     return hf
 
 
-@pytest.mark.parametrize(("family", "labels"), [("llama", 1), ("gpt2", 3), ("mixtral", 2)])
+@pytest.mark.parametrize(("family", "labels"), [("llama", 1), ("gpt2", 3), ("mixtral", 2), ("gemma2", 1)])
 def test_sequence_classifiers_give_their_verdict_at_every_position(family: str, labels: int) -> None:
     hf = classifier("SequenceClassification", family, labels)
     before, model = State.of(hf), ic.load(hf)
@@ -110,6 +110,30 @@ def test_a_classifier_on_disk_is_opened_with_its_head(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("family", "setting"), [("gemma2", "final_logit_softcapping"), ("minicpm3", "dim_model_base")])
+def test_scales_and_caps_of_tokens_are_not_those_of_labels(family: str, setting: str) -> None:
+    """And the classifier's own settings stay as they are, and are followed."""
+    hf = classifier("SequenceClassification", family)
+    kept, model = getattr(hf.config, setting), ic.load(hf)
+    rows = ic.Tokens.stack([ic.Tokens(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in (IDS[:1], IDS[1:, :3])])
+    for row, found in zip((IDS[:1], IDS[1:, :3]), model.run(rows, logits=-1).logits.plain, strict=True):
+        torch.testing.assert_close(found, hf(input_ids=row).logits[0].detach(), atol=1e-5, rtol=1e-5)
+    hf.config.id2label = {0: "bad", 1: "good", 2: "none"}
+    assert model.run(IDS).logits.shape == (2, 7, 3) and model.word(1) == "good" and getattr(hf.config, setting) == kept
+
+
+def test_heads_that_cannot_be_served_are_told_what_is_so() -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
+    tagger = transformers.BertForTokenClassification(transformers.BertConfig(intermediate_size=48, **sizes)).eval()
+    with pytest.raises(ic.LoadError, match="cannot take the place of BertLMHeadModel's unembedding, which lies in"):
+        ic.load(tagger)
+    bart = transformers.BartConfig(vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, pad_token_id=0)
+    with pytest.raises(
+        ic.LoadError, match="BartForSequenceClassification is an encoder-decoder, which cannot be served"
+    ):
+        ic.load(transformers.BartForSequenceClassification(bart).eval())
+
+
 def test_labels_are_no_tokens_and_the_head_is_the_present_one() -> None:
     hf = classifier("SequenceClassification", "llama", 2)
     hf.config.id2label = {0: "bad", 1: "good"}
@@ -138,9 +162,7 @@ def test_other_heads_load_where_they_are_made_of_each_position() -> None:
         vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=3
     )
     pooled = transformers.BertForSequenceClassification(config).eval()
-    with pytest.raises(
-        ic.LoadError, match="head of BertForSequenceClassification does not make its logits of the stream"
-    ):
+    with pytest.raises(ic.LoadError, match="head of BertForSequenceClassification cannot take the place of"):
         ic.load(pooled)
 
 

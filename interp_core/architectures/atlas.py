@@ -51,11 +51,6 @@ class Shape:
         return self.n_labelled or self.d_vocab
 
 
-def layer_config(config: Any, layer: int) -> Any:
-    """The config of a layer: the model's own, but where layers differ (heads, widths, windows)."""
-    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
-
-
 class Entry:
     """One site in one layer (layer 0 for sites without layers).
 

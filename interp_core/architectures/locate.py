@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from ..errors import CapabilityError, LoadError, first_line
 from ..sites import SITES, VISION_
 from . import hook_points
-from .atlas import ROUTED, Atlas, Entry, Shape, layer_config
+from .atlas import ROUTED, Atlas, Entry, Shape
 from .components import ENDS, Components
 from .conventions import discover
 from .family import Family, Heads, Place, View, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
 from .mixers import gate, mixer_ends, mixer_of
-from .parameters import LENT, declared, device_of, is_plain, matrix, tokens_of, widths
+from .parameters import LENT, declared, device_of, is_plain, layer_config, matrix, tokens_of, widths
 from .reach import Reach
 from .shards import share_out
 from .towers import last_used
 from .undescribed import explain, refusals, router_reason
-from .unfit import decoder_alone, demand_fit
+from .unfit import decoder_alone, demand_fit, demand_own_blocks
 
 
 @cache
@@ -71,6 +71,7 @@ def build(model: Any, family: Family | None) -> Atlas:
             f"{type(model).__name__} shows no list of transformer blocks with attention, which sites are of. "
             "For another layout write a family file, see docs/families.md."
         )
+    demand_own_blocks(type(model).__name__, modules[paths["blocks"]])
     unnamed = family is None
     undescribed = {} if family and family.router else router_reason(model, modules)
     family = family or Family(str(model.config.model_type))

@@ -26,6 +26,8 @@ COMPILED = "_torchdynamo_orig_callable"
 LENT = "_interp_lent"
 """An attribute of a causal model that runs the modules of a classifier (`wrappers.py`): that one, and by the names of
 its own modules the names that they have there."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""How configs call what no logit is above."""
 ROWS = 1024
 """Unit vectors or ids that go through a module at a time."""
 
@@ -35,6 +37,18 @@ class Weights(NamedTuple):
 
     weight: Tensor
     bias: Tensor
+
+
+def layer_config(config: Any, layer: int) -> Any:
+    """The config of a layer: the model's own, but where layers differ (heads, widths, windows)."""
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+
+
+def sizes_of(config: Any, name: str) -> list[int]:
+    """A setting of a model that is a number, in each layer where layers differ; [] if it has none."""
+    layers = range(config.num_hidden_layers if getattr(config, "is_heterogeneous", False) else 1)
+    settings = [getattr(layer_config(config, layer), name, None) for layer in layers]
+    return [number for number in settings if isinstance(number, int)]
 
 
 def parameter(module: nn.Module, name: str = "weight") -> Tensor:
@@ -197,15 +211,27 @@ def without_gradient(model: nn.Module, dtype: torch.dtype) -> str:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of kernels of which this is to find out
             x = torch.linspace(-1, 1, width, dtype=dtype, device=place)[None].requires_grad_()
+            if not _takes(module, x):  # rows of another shape: groups of features, say
+                continue
             try:
                 (followed,) = torch.autograd.grad(module.forward(x).sum(), x, allow_unused=True)
-            except (TypeError, AttributeError):  # it takes or gives more than one tensor: experts, a router
+            except (TypeError, AttributeError):  # it gives more than one tensor: experts, a router
                 continue
             except RuntimeError:
                 followed = None
         if followed is None or not followed.any():
             return f"{path} ({module._get_name()})"
     return ""
+
+
+def _takes(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module can be called with rows of so many features."""
+    try:
+        with torch.no_grad():
+            module.forward(x.detach())
+    except (RuntimeError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def device_of(*modules: nn.Module) -> torch.device:

@@ -52,13 +52,38 @@ def demand_fit(model: Any, family: Family | None) -> None:
         LoadError: it cannot; the message says why, and what to load instead where there is something.
     """
     config, name = model.config, type(model).__name__
-    if {"decoder_input_ids", "decoder_inputs_embeds"} & inspect.signature(type(model).forward).parameters.keys():
-        raise LoadError(f"{name} {encoder_decoder(config)}")
+    demand_one_text(model)
     why = UNFIT.get(config.model_type) or (family.unfit(config) if family and family.unfit else "")
     if why:
         raise LoadError(f"{name} cannot be served: {why}")
     if isinstance(heads := model.get_output_embeddings(), nn.ModuleList):
         raise LoadError(f"{name} cannot be served: it has {len(heads)} heads, and no one unembedding")
+
+
+def demand_one_text(model: Any) -> None:
+    """Refuse an encoder-decoder, whatever its head.
+
+    Raises:
+        LoadError: it is one.
+    """
+    if {"decoder_input_ids", "decoder_inputs_embeds"} & inspect.signature(type(model).forward).parameters.keys():
+        raise LoadError(f"{type(model).__name__} {encoder_decoder(model.config)}")
+
+
+def demand_own_blocks(name: str, blocks: nn.Module) -> None:
+    """Refuse a list of blocks in which one stands several times.
+
+    Raises:
+        LoadError: naming its layers.
+    """
+    layers: dict[int, list[str]] = {}
+    for layer, block in blocks._modules.items():
+        layers.setdefault(id(block), []).append(layer)
+    if same := next((places for places in layers.values() if len(places) > 1), None):
+        raise LoadError(
+            f"{name} cannot be served: layers {', '.join(same)} are one and the same block, so that a site would mean "
+            "all of them at once; give each a copy of its own (copy.deepcopy)"
+        )
 
 
 def decoder_alone(blocks: nn.Module, config: Any) -> list[str]:

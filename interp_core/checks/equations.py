@@ -347,7 +347,7 @@ def _readout(model: Session, run: Run, last: Tensor) -> Iterator[Finding]:
 
 
 def _close(model: Session, name: str, what: str, pairs: list[tuple[Tensor, Tensor]]) -> Finding:
-    worst = max(distance(a, b) for a, b in pairs)
+    worst = max((distance(a, b) for a, b in pairs), key=lambda x: (x != x, x))  # NaN is the worst
     return Finding(name, what, worst <= tolerance(model), f"{worst:.1e}")
 
 

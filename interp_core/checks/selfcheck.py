@@ -9,6 +9,7 @@ alone and padded on either side: that must not change it. What fails is taken ou
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -208,21 +209,21 @@ def _demand_its_logits(model: Session, tokens: Tokens, run: Run) -> None:
     if model.engine.model is model.hf or getattr(model.engine, "remote", False):
         return
     with torch.no_grad():
-        own = model.hf(**model_inputs(model, tokens), use_cache=False).logits
+        own = model.hf(**model_inputs(model, tokens), **model.without_cache).logits
     ours = run.logits.plain
     if "folded" in model.engine.name:  # which may shift all logits of a position alike
         ours, own = (x - x.mean(-1, keepdim=True) for x in (ours, own))
-    limit = _limit(model)
-    if distance(ours, own) > limit and _inside(model):  # if opening attention alone does that, it is not to be opened
+    most = limit(model)
+    if distance(ours, own) > most and _inside(model):  # if opening attention alone does that, it is not to be opened
         ours = forward(model, tokens).logits.plain
-    if (off := distance(ours, own)) > limit:
+    if (off := distance(ours, own)) > most:
         raise CapabilityError(
             f"engine {model.engine.name!r} gives other logits than this {type(model.hf).__name__} itself (off by "
             f"{off:.1e} of the largest), so its copy leaves something of the model out; load with engine='torch'"
         )
 
 
-def _limit(model: Session) -> float:
+def limit(model: Session) -> float:
     """How far logits of one model may be off that are computed in two ways; in half precision rounding may send a token
     to other experts."""
     return tolerance(model) if torch.finfo(model.dtype).eps < 1e-4 else 0.5
@@ -234,7 +235,7 @@ def _opened(model: Session, tokens: Tokens, run: Run) -> Iterator[Finding]:
         off = distance(run.logits.plain, forward(model, tokens).logits.plain)
         first, *others = inside
         what = "is the attention that the model does"
-        yield Finding(first, what, off <= _limit(model), f"logits differ by {off:.1e}", others=tuple(others))
+        yield Finding(first, what, off <= limit(model), f"logits differ by {off:.1e}", others=tuple(others))
 
 
 def _inside(model: Session) -> list[str]:
@@ -305,7 +306,10 @@ def check_site(name: str, layer: int) -> Site:
 def check_tokens(model: Session) -> Tensor:
     """A few ordinary token ids, the same for every load."""
     config = model.hf.config
-    special = placeholder_ids(config) | {getattr(config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")}
+    special = placeholder_ids(config)
+    for kind in ("pad", "bos", "eos"):
+        ids_of = getattr(config, f"{kind}_token_id", None)  # one, or a list, as Llama 3 has for the end
+        special |= {*ids_of} if isinstance(ids_of, (list, tuple)) else {int(ids_of)} if ids_of is not None else set()
     size = model.atlas.shape.n_ids
     ids = [i * 7919 % size for i in range(1, 4 * WIDTH)]
     return torch.tensor([i for i in ids if i not in special][:WIDTH])
@@ -328,12 +332,12 @@ def _routers(model: Session, tokens: Tokens) -> Iterator[Finding]:
 
 def _effects(model: Session, run: Run, ids: Tensor, totals: list[Sum]) -> Iterator[Finding]:
     """One row per kind of site and end of the model, each with one edit; row 0 has none."""
-    entries = _checked_entries(model.atlas)
+    entries = _checked_entries(model)
     try:
         edited = _edited(model, run, ids, entries, totals)
     except UNFIT:
         yield from _uneditable(model, run, ids, entries)
-        entries = _checked_entries(model.atlas)
+        entries = _checked_entries(model)
         edited = _edited(model, run, ids, entries, totals)
     layers = {entry.layer for entry in entries}
     seen = [total for total in totals if total.layer in layers]
@@ -375,16 +379,31 @@ def _uneditable(model: Session, run: Run, ids: Tensor, entries: list[Entry]) -> 
             yield Finding(entry.name, f"can be edited in layer {entry.layer}", False, first_line(error), Law.EDIT)
 
 
-def _checked_entries(atlas: Atlas) -> list[Entry]:
-    """Every kind of site in its first and last layer."""
+def _checked_entries(model: Session) -> list[Entry]:
+    """Every kind of site in its first and last layer, and where it lies at a module that hangs in several layers."""
+    atlas, shared = model.atlas, _shared(model)
+
+    def layers(name: str) -> set[int]:
+        points = [(layer, atlas.entries[name, layer].write) for layer in atlas.layers(name)]
+        within = [layer for layer, point in points if point is not None and point.module in shared]
+        return {*atlas.layers(name)[:1], *atlas.layers(name)[-1:], *within}
+
     return [
         atlas.entries[name, layer]
         for name in checked_sites(atlas)
-        for layer in sorted({*atlas.layers(name)[:1], *atlas.layers(name)[-1:]})
+        for layer in sorted(layers(name))
         if atlas.entries[name, layer].write is not None
         if name not in DERIVED_ONCE or layer == atlas.layers(name)[0]
         if not _is_twin(atlas, name, layer)
     ]
+
+
+def _shared(model: Session) -> set[str]:
+    """Paths of modules that hang in several places."""
+    places = dict[int, list[str]]()
+    for path, module in model.hf.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(path)
+    return {path for paths in places.values() if len(paths) > 1 for path in paths}
 
 
 def _is_twin(atlas: Atlas, name: str, layer: int) -> bool:
@@ -396,13 +415,15 @@ def _is_twin(atlas: Atlas, name: str, layer: int) -> bool:
 def _once(entries: list[Entry], edited: Run) -> Iterator[Finding]:
     """Modules that run several times in a pass, for layers that share them: a read shows one of them, an edit is made
     in all."""
+    shared = _shared(edited.model)
     for entry, receipt in zip(entries, edited.receipts, strict=True):
         if receipt.fired < 2:
             continue
         often = f"{receipt.fired} times"
         # what is read is the last pass, which the equations of sites without layers are about
         law = Law.VALUE if SITES[entry.name].layered else Law.EDIT
-        yield Finding(entry.name, "passes once", False, f"{often}, since others share its module", law)
+        alone = (entry.layer,) if entry.write is not None and entry.write.module in shared else ()
+        yield Finding(entry.name, "passes once", False, f"{often}, since others share its module", law, layers=alone)
 
 
 def _added(model: Session, edited: Run, totals: list[Sum], entries: list[Entry]) -> Iterator[Finding]:
@@ -444,8 +465,11 @@ def _padding(model: Session, ids: Tensor, alone: Tensor) -> Iterator[Finding]:
         for side in sides:
             yield Finding(f"{side} padding", "changes nothing", False, first_line(error), Law.PADDING)
         return
-    for row, (side, real) in enumerate(sides.items()):
-        off = distance(logits[row, real], alone)
+    far = [distance(logits[row, real], alone) for row, real in enumerate(sides.values())]
+    # A query that sees nothing but padding may be NaN: on the right only those behind a window are that.
+    if math.isnan(far[0]) and any(reach.window or reach.chunk for reach in model.atlas.reaches.values()):
+        far[1] = far[0]
+    for side, off in zip(sides, far, strict=True):
         yield Finding(f"{side} padding", "changes nothing", off <= tolerance(model), f"{off:.1e}", Law.PADDING)
 
 

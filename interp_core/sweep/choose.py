@@ -89,10 +89,11 @@ def _checked(session: Session, strategy: str, tokens: Tokens, tower: Tower | Non
     """What keeps a strategy from being exact on this model; what has to be tried is tried once and remembered."""
     if not runs_rows(session.engine):
         return Check(f"engine {session.engine.name!r} runs one variant after the other")
-    if why := session.atlas.lacking.get("resid_pre"):
-        return Check(f"no site is the stream that rows go on from ({why})")
     if why := session.atlas.lacking.get("batch"):
         return Check(f"rows of a batch change each other's numbers ({why})")
+    if len(session.atlas.layers("resid_pre")) < session.n_layers:
+        why = session.atlas.lacking.get("resid_pre", "not in every layer")
+        return Check(f"its blocks hand on no stream that has a site, so that no row can join it (resid_pre: {why})")
     if tokens.inputs and len(session.atlas.layers("deepstack")) >= session.n_layers:
         return Check(
             "DeepStack adds visual features after the last layer, behind which no pass of many rows can add them"
@@ -166,7 +167,7 @@ def _told_window(session: Session, window: int) -> Check:
     ids = check_tokens(session)[None]
     assert runs_rows(session.engine)
     rows = Rows([range(ids.shape[1])], {}, ids.shape[1])
-    inputs = {"input_ids": ids.to(session.device), "use_cache": False}
+    inputs = {"input_ids": ids.to(session.device), **session.without_cache}
     blocks = _blocks(session)
     layers = _representative(session, blocks, middle=True)
     with _shortened(session, blocks, layers) as counted:

@@ -18,19 +18,20 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..architectures.atlas import Entry, layer_config
+from ..architectures.atlas import Entry
 from ..architectures.hook_points import HookPoint
+from ..architectures.parameters import sizes_of
 from ..cost import TOGETHER
 from ..engines.program import forward_order
 from ..engines.tower import Tower
 from ..errors import CapabilityError, PlanError
 from ..inputs import undivided
+from ..model_inputs import takes_positions
 from ..positions import ALL, Position, is_single, resolve
 from ..score import Score, SiteScore
 from ..session import Session
@@ -276,8 +277,7 @@ class Placer:
         scored = max(self.scored[row])
         if not leaving and not others:
             return None
-        # who cannot be told positions counts those of a row that it embeds from the row's first column
-        if self._ahead or (layer < 0 and self.session.atlas.lacking.get("left padding")):
+        if self._ahead:
             start = 0
         if start > scored:
             raise PlanError(
@@ -287,6 +287,8 @@ class Placer:
         if strategy in ("batched", "prefix"):  # all layers, but those that begin before the first block stay so
             layer = min(layer, 0)
         start = 0 if strategy in WHOLE else min(start, *self.scored[row])
+        if layer < 0 and not takes_positions(self.session, by_name=True):
+            start = 0  # what embeds columns without being told which they are, embeds all of them
         if "token_type_ids" in self.tokens.inputs:  # an image sees itself both ways
             start = next((run.start for run in image_spans(self.tokens, row) if run.start <= start < run.stop), start)
         if self.tokens.inputs and start * SHORT <= self.widths[row] - start:
@@ -379,26 +381,17 @@ class Placer:
     @property
     def _clean_bytes(self) -> int:
         """What a clean pass leaves of one token: streams, keys and values of all layers."""
-        d_model = self.session.atlas.shape.d_model
-
-        def kept(config: Any) -> int:
-            heads = getattr(config, "num_attention_heads", 1)
-            width = getattr(config, "head_dim", None) or d_model // heads
-            return d_model + 2 * (getattr(config, "num_key_value_heads", None) or heads) * width
-
-        return sum(map(kept, self._configs)) * torch.empty((), dtype=self.session.dtype).element_size()
-
-    @property
-    def _configs(self) -> list[Any]:
-        """Configs of the layers, which may differ."""
-        config = self.session.hf.config.get_text_config()
-        return [layer_config(config, layer) for layer in range(self.session.n_layers)]
+        shape, config = self.session.atlas.shape, self.session.hf.config.get_text_config()
+        heads = max(sizes_of(config, "num_attention_heads"), default=1)
+        width = max(sizes_of(config, "head_dim"), default=shape.d_model // heads)
+        kept = 2 * max(sizes_of(config, "num_key_value_heads"), default=heads) * width
+        return self.session.n_layers * (shape.d_model + kept) * torch.empty((), dtype=self.session.dtype).element_size()
 
     def _row_bytes(self, width: int, columns: int) -> int:
         """What one row takes at most at a time: streams and MLP of its columns, attention over the text, its logits."""
-        shape, configs = self.session.atlas.shape, self._configs
-        d_mlp = max(getattr(config, "intermediate_size", None) or 4 * shape.d_model for config in configs)
-        heads = max(getattr(config, "num_attention_heads", 1) for config in configs)
+        shape, config = self.session.atlas.shape, self.session.hf.config.get_text_config()
+        d_mlp = max(sizes_of(config, "intermediate_size"), default=4 * shape.d_model)
+        heads = max(sizes_of(config, "num_attention_heads"), default=1)
         # an upper bound: so many tensors of the stream, of the MLP and of attention never live at a time in a block; a
         # test holds it against the bytes that are allocated
         numbers = columns * (12 * shape.d_model + 3 * d_mlp + 3 * heads * width)

@@ -20,7 +20,7 @@ from ..engines.program import LocalEngine
 from ..engines.replace import replaced_forwards
 from ..engines.tower import Tower
 from ..errors import PlanError
-from ..model_inputs import first_position, model_inputs
+from ..model_inputs import model_inputs
 from ..positions import Rows
 from ..progress import Progress
 from ..readout import few_logits, is_plain
@@ -167,7 +167,7 @@ class Runner:
         read, images = self.plan.sites[group.texts[0]], bool(self.tokens.inputs)
         with self._turn(), self.session.fresh(), self._only_scored(columns) as scored:
             if images:
-                inputs = {**model_inputs(self.session, self._together(group.texts)), "use_cache": False}
+                inputs = {**model_inputs(self.session, self._together(group.texts)), **self.session.without_cache}
             else:
                 inputs = self._inputs(group.texts, starts, group.width)
             wanted = scored if read is None else None
@@ -228,10 +228,10 @@ class Runner:
             row[: len(real)] = real
             for span in image_spans(self.tokens, text):  # what the tower handed over is in the clean pass' streams
                 row[max(span.start - start, 0) : max(span.stop - start, 0)] = 0
-        inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": ids.to(device), **self.session.without_cache}
         if any(starts) and not self.tokens.inputs:
-            places = torch.tensor(starts)[:, None] + torch.arange(columns) + first_position(self.session.hf)
-            inputs["position_ids"] = places.to(device)
+            first = torch.tensor(starts) + self.session.first_position
+            inputs["position_ids"] = (first[:, None] + torch.arange(columns)).to(device)
         return inputs
 
     @contextmanager

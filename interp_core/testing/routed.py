@@ -40,7 +40,7 @@ _TOWER = {
     "spatial_merge_size": 2, "temporal_patch_size": 1,
 }  # fmt: skip
 _IMAGES = {"image_token_id": 90, "video_token_id": 91}
-_INDEX = {"index_n_heads": 24, "index_head_dim": 16, "index_topk": 4}
+_INDEX = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 4}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_conv": 3}
 
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -118,7 +118,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
             **_MHA, "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 32, "num_experts_per_tok": 2,
             "n_routed_experts": 6,
             "moe_intermediate_size": 48, "hc_mult": 2, "sliding_window": 4, "o_groups": 2, "o_lora_rank": 16,
-            "index_n_heads": 24, "index_head_dim": 8, "index_topk": 4,
+            "index_n_heads": 16, "index_head_dim": 8, "index_topk": 4,
             "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
             "compress_rate_csa": 4, "compress_rate_hca": 3, "mlp_layer_types": ["hash_moe", "moe", "moe"],
         },

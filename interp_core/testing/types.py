@@ -31,11 +31,11 @@ WIDTHS = {
     "block_multiple_of",
     12: "v_head_dim hidden_size_per_layer_input",
     16: "head_dim swa_head_dim d_kv dim_head kv_channels attention_head_dim d_head attention_head_size "
-    "qk_nope_head_dim index_head_dim query_pre_attn_scalar o_lora_rank mamba_chunk_size chunk_size "
+    "qk_nope_head_dim index_n_heads index_head_dim query_pre_attn_scalar o_lora_rank mamba_chunk_size chunk_size "
     "rel_extent shape_embed_dim pronunciation_embed_dim prompt_mid_dim router_hidden_size "
     "position_bias_num_buckets image_size image_seq_length output_channels max_image_size max_img_size",
     20: "codebook_size num_embeddings shape_vocab_size pronunciation_vocab_size",
-    24: "kv_lora_rank qk_head_dim global_head_dim index_n_heads",
+    24: "kv_lora_rank qk_head_dim global_head_dim",
     32: "q_lora_rank mamba_d_head mamba_head_dim mamba_headdim ple_embed_dim "
     "moe_latent_size moe_hidden_size base_channels latent_channels",
     40: "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
@@ -153,7 +153,8 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "dots1": _ROUTED,
     "dots3_note_text": {
-        **_EQUAL, "index_head_dim": 16, "head_dim": 24, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2,
+        **_EQUAL, "index_n_heads": 12, "index_head_dim": 16, "head_dim": 24, "swa_num_attention_heads": 2,
+        "swa_num_key_value_heads": 2,
         "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16,
         "swa_v_head_dim": 8, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"],
         "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
