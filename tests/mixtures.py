@@ -198,7 +198,9 @@ def route(name: str, hf: Any, layer: int, logits: Tensor, shared: Tensor | None 
     choice = {e: score + bias[e] for e, score in (left if mixture.score == "sigmoid of the biased" else scores).items()}
     if mixture.groups and config.n_group:
         choice = _best_groups(choice, len(logits) // config.n_group, config.topk_group, mixture.groups)
-    chosen = sorted(choice, key=lambda e: -choice[e])[:k]
+    # torch decides between equals: groups that are left out count the same nothing in A.X K2
+    best = torch.tensor([choice.get(e, -math.inf) for e in range(len(logits))]).topk(k).indices.tolist()
+    chosen = [e for e in best if e in choice]
     if mixture.score == "top":
         return _scores("softmax", {e: left[e] for e in chosen})
     total = sum(scores[e] for e in chosen) if mixture.normed else 1.0

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +28,7 @@ from ..sites import SITES, Edit, Site
 from ..text import Tokens
 from ..vision.places import placeholder_ids
 from .equations import TWINS, Finding, Law, Sum, add_up, declared, distance, equations, sums, tolerance, within_rounding
+from .repeats import passing_once, run_again, shared_modules, turns
 from .tower import UNFIT, check_tower
 
 log = logging.getLogger(__name__)
@@ -139,7 +138,7 @@ def _checks(model: Session) -> Iterator[Finding]:
     atlas = model.atlas
     ids = check_tokens(model)
     tokens = Tokens(ids[None], torch.ones(1, WIDTH, dtype=torch.bool), spans={VISION: ((Span(0, WIDTH),),)})
-    with _turns(model) as often:
+    with turns(model) as often:
         try:
             run = forward(model, tokens, read=_everything(atlas))
         except UNFIT as error:
@@ -147,7 +146,7 @@ def _checks(model: Session) -> Iterator[Finding]:
             yield from _unreadable(model, tokens)
             run = forward(model, tokens, read=_everything(atlas))
         _demand_its_logits(model, tokens, run)
-    yield from _run_again(atlas, often)
+    yield from run_again(atlas, often)
     for name in checked_sites(atlas):
         layers = atlas.layers(name)[: 1 if name in DERIVED_ONCE else None]
         known = dict.fromkeys(("pos", "query", "key", "visual"), WIDTH)
@@ -161,42 +160,6 @@ def _checks(model: Session) -> Iterator[Finding]:
     yield from _effects(model, run, ids, [left for total in totals if (left := total.within(atlas))])
     yield from _alone(model, run, ids[:ALONE])
     yield from check_tower(model, ids)
-
-
-@contextmanager
-def _turns(model: Session) -> Iterator[dict[int, int]]:
-    """How often the model's own blocks run in a pass, by layer, of the passes that follow."""
-    counted, components, often = Counter[int](), model.atlas.components, dict[int, int]()
-    modules = {-1: model.hf} | {layer: components.get("block", layer) for layer in components.layers("block")}
-    handles = [m.register_forward_pre_hook(lambda _m, _a, i=i: counted.update([i])) for i, m in modules.items()]
-    try:
-        yield often
-    finally:
-        for handle in handles:
-            handle.remove()
-    passes = max(counted.pop(-1, 1), 1)
-    often.update({layer: n // passes for layer, n in counted.items()})
-
-
-def _run_again(atlas: Atlas, often: Mapping[int, int]) -> Iterator[Finding]:
-    """Blocks that run several times in a pass, for layers that share them, are nothing that sites by layer are of.
-
-    Raises:
-        CapabilityError: all blocks are such.
-    """
-    again = tuple(sorted(layer for layer, times in often.items() if times > 1))
-    if not again:
-        return
-    if len(again) == atlas.shape.n_layers:
-        raise CapabilityError(
-            f"this {atlas.family.name} runs the same block {max(often.values())} times in a pass, for layers that "
-            "share their weights: a site would mean all of them at once. Nothing can be read or edited by layer; load "
-            "a model whose layers have weights of their own"
-        )
-    detail = f"{often[again[0]]} times, as its block runs again: a site would mean all of them at once"
-    for name in checked_sites(atlas):
-        if SITES[name].layered and set(atlas.layers(name)) & set(again):
-            yield Finding(name, "passes once", False, detail, Law.VALUE, layers=again)
 
 
 def _demand_its_logits(model: Session, tokens: Tokens, run: Run) -> None:
@@ -342,7 +305,7 @@ def _effects(model: Session, run: Run, ids: Tensor, totals: list[Sum]) -> Iterat
     layers = {entry.layer for entry in entries}
     seen = [total for total in totals if total.layer in layers]
     yield from [
-        *_once(entries, edited),
+        *passing_once(entries, edited),
         *add_up(model, edited, seen, entries),
         *_added(model, edited, seen, entries),
     ]
@@ -381,7 +344,7 @@ def _uneditable(model: Session, run: Run, ids: Tensor, entries: list[Entry]) -> 
 
 def _checked_entries(model: Session) -> list[Entry]:
     """Every kind of site in its first and last layer, and where it lies at a module that hangs in several layers."""
-    atlas, shared = model.atlas, _shared(model)
+    atlas, shared = model.atlas, shared_modules(model)
 
     def layers(name: str) -> set[int]:
         points = [(layer, atlas.entries[name, layer].write) for layer in atlas.layers(name)]
@@ -398,32 +361,10 @@ def _checked_entries(model: Session) -> list[Entry]:
     ]
 
 
-def _shared(model: Session) -> set[str]:
-    """Paths of modules that hang in several places."""
-    places = dict[int, list[str]]()
-    for path, module in model.hf.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(path)
-    return {path for paths in places.values() if len(paths) > 1 for path in paths}
-
-
 def _is_twin(atlas: Atlas, name: str, layer: int) -> bool:
     """Whether a site is another one under a second name."""
     first = next((atlas.entries.get((of, layer)) for of, twin in TWINS.items() if twin == name), None)
     return first is not None and first.write is atlas.entries[name, layer].write
-
-
-def _once(entries: list[Entry], edited: Run) -> Iterator[Finding]:
-    """Modules that run several times in a pass, for layers that share them: a read shows one of them, an edit is made
-    in all."""
-    shared = _shared(edited.model)
-    for entry, receipt in zip(entries, edited.receipts, strict=True):
-        if receipt.fired < 2:
-            continue
-        often = f"{receipt.fired} times"
-        # what is read is the last pass, which the equations of sites without layers are about
-        law = Law.VALUE if SITES[entry.name].layered else Law.EDIT
-        alone = (entry.layer,) if entry.write is not None and entry.write.module in shared else ()
-        yield Finding(entry.name, "passes once", False, f"{often}, since others share its module", law, layers=alone)
 
 
 def _added(model: Session, edited: Run, totals: list[Sum], entries: list[Entry]) -> Iterator[Finding]:

@@ -34,10 +34,10 @@ WIDTHS = {
     "qk_nope_head_dim index_n_heads index_head_dim query_pre_attn_scalar o_lora_rank mamba_chunk_size chunk_size "
     "rel_extent shape_embed_dim pronunciation_embed_dim prompt_mid_dim router_hidden_size "
     "position_bias_num_buckets image_size image_seq_length output_channels max_image_size max_img_size",
-    20: "codebook_size num_embeddings shape_vocab_size pronunciation_vocab_size",
+    20: "num_embeddings shape_vocab_size pronunciation_vocab_size",
     24: "kv_lora_rank qk_head_dim global_head_dim",
     32: "q_lora_rank mamba_d_head mamba_head_dim mamba_headdim ple_embed_dim "
-    "moe_latent_size moe_hidden_size base_channels latent_channels",
+    "moe_latent_size moe_hidden_size base_channels latent_channels codebook_size",
     40: "shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
     "moe_shared_expert_intermediate_size",
     48: "moe_intermediate_size expert_ffn_hidden_size",
