@@ -212,7 +212,7 @@ class Reference:
             return _input(self.module(key, layer), self._shaped(fn))
         if site in ("attn_out", "mixer_out"):
             return self._mixed(layer, lambda added, _start: fn(added))
-        if site == "mlp_out" and "beside" in self.layout and self.family not in BESIDE:
+        if site == "mlp_out" and "mlp_beside" in self.layout:
             return self._both(layer, fn)
         if site == "mlp_out":
             factor = self.factor(site, layer)
@@ -252,7 +252,7 @@ class Reference:
             return x
 
         with (
-            _output(self.module("beside", layer), remember),
+            _output(self.module("mlp_beside", layer), remember),
             _output(self.module("mlp_out", layer), lambda x: fn((given[0] + x) * self.scale) / self.scale - given[0]),
         ):
             yield

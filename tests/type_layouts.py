@@ -21,7 +21,7 @@ GLM4 = LLAMA | {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_lay
 PARALLEL = {key: path for key, path in LLAMA.items() if key != "mid"}
 FUSED = {key: path for key, path in LLAMA.items() if key not in "qkv"}
 SHARED = LLAMA | {
-    "mlp_reads": "post_attention_layernorm", "beside": "block_sparse_moe", "mlp_out": "shared_mlp",
+    "mlp_reads": "post_attention_layernorm", "mlp_beside": "block_sparse_moe", "mlp_out": "shared_mlp",
     "down": "shared_mlp.output_linear",
 }  # fmt: skip
 HYBRID = LLAMA | {
