@@ -13,6 +13,7 @@ import torch
 from layouts import LLAMA, SANDWICH
 from torch import Tensor
 
+INKLING2 = ("inkling2_text", "inkling2_loop_text")
 LATENT = LLAMA | {"q": "self_attn.q_b_proj", "v": "self_attn.kv_b_proj"}
 _SHARED = {
     "embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.final_layernorm",
@@ -54,6 +55,11 @@ LAYOUT: dict[str, dict[str, str]] = {
     "deepseek_v4": LLAMA
     | {"q": "self_attn.q_b_proj", "k": "self_attn.kv_proj", "o": "self_attn.o_a_proj", "o_last": "self_attn.o_b_proj"},
     "hy_v4": LATENT,
+    "inkling_text": LLAMA | {"attn_out": "attn_sconv", "mlp_out": "mlp_sconv"},
+    **dict.fromkeys(INKLING2, LLAMA | {
+        **{part: f"self_attn.{part}_proj.linear" for part in "qko"}, "attn_out": "post_attention_convolution",
+        "mlp_out": "post_mlp_convolution",
+    }),
     "zaya": LLAMA | {"q": "self_attn.qkv_proj", "k": "self_attn.qkv_proj"},
     "jetmoe": LLAMA | {"attn": "self_attention", "attn_out": "self_attention", "slots": "self_attention.experts"},
     **{key: {"embed": "git.embeddings.word_embeddings", "blocks": "git.encoder.layer", "norm": "", "attn": "attention.self", "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "o": "attention.output.dense", "mlp": "intermediate", "down": "output.dense", "mid_out": "attention", "attn_out": "attention.output.dense", "mlp_out": "output.dense", "pattern": "attention.self.dropout"} for key in ("git", "GitForCausalLM")},
@@ -67,9 +73,10 @@ LAYOUT: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """Module names by type."""
 WIDE_QUERIES = {"bailing_hybrid", "kimi_linear", "hy_v4"}
-DENSE: dict[str, list[int]] = {"bailing_hybrid": [0], "kimi_linear": [0], "nemotron_h": [4], "hy_v4": [0]}
+DENSE: dict[str, list[int]] = {"inkling_text": [0], "bailing_hybrid": [0], "kimi_linear": [0], "nemotron_h": [4], "hy_v4": [0]}
 _HEADS = {"q", "k", "v", "rot_q", "rot_k", "scores", "pattern", "z", "head_out"}
 _STREAM = {"resid_pre", "attn_out", "mixer_out", "resid_mid", "mlp_out", "resid_post"}
+_OF_BLOCKS = {*_HEADS, *_STREAM, "attn_in", "mixer_in", "mlp_in", "mlp_act"}
 LACKS: dict[str, set[str]] = {
     "bailing_hybrid": {"k"},
     "kimi_linear": {"k"},
@@ -83,19 +90,19 @@ LACKS: dict[str, set[str]] = {
     "deepseek_v4": {*_STREAM, "mlp_act"},
     "hy_v4": {*_STREAM, "k"},
     "zaya": {"mlp_act"},
+    **dict.fromkeys(INKLING2, {"mlp_act", "final_norm"}),
     "jetmoe": {"k", "head_out", "mlp_act"},
     **{key: {"rot_q", "rot_k", "scores", "final_norm"} for key in ("git", "GitForCausalLM", "openai-gpt")},
 }
 LINEAR: dict[str, list[int]] = {"bailing_hybrid": [0], "kimi_linear": [0], "minimax": [0], "olmo_hybrid": [0, 1]}
 """Layers with linear attention."""
-MIXED_VALUES = {"deepseek_v4", "jetmoe", "zaya"}
+MIXED_VALUES = {*INKLING2, "deepseek_v4", "inkling_text", "jetmoe", "zaya"}
 CALLED_ALIKE = {"bailing_hybrid", "kimi_linear", "minimax"}
 """Types whose linear attention has the name of the other."""
 SOME: dict[str, dict[str, list[int]]] = {
     "deepseek_v4": {key: [0] for key in ("v", "rot_k", "scores", "pattern")},
-    "dory": {
-        key: [0, 3] for key in (*_HEADS, *_STREAM, "attn_in", "mixer_in", "mlp_in", "mlp_act")
-    },  # others run twice
+    "dory": {key: [0, 3] for key in _OF_BLOCKS},  # others run again
+    "inkling2_loop_text": {key: [0, 2] for key in _OF_BLOCKS},
     "nemotron_h": {
         **{key: [1, 2] for key in ("mixer_in", "mixer_out")},
         **{key: [2] for key in ("attn_in", "attn_out", *_HEADS)},
@@ -129,6 +136,11 @@ def _rate(block: Any, site: str) -> Tensor:
     return (rate * block.lambda_scale).abs().detach()
 
 
+def _muse(block: Any, site: str) -> Tensor:
+    gate = block.post_attention_residual_gate if site == "attn_out" else block.post_feedforward_residual_gate
+    return torch.sigmoid(gate.gate / gate.temperature).detach()
+
+
 def _zaya(block: Any, site: str) -> Tensor:
     scale = block.post_attention_residual_scale if site == "attn_out" else block.post_mlp_residual_scale
     return scale.hidden_states_scale.detach()
@@ -136,6 +148,7 @@ def _zaya(block: Any, site: str) -> Tensor:
 
 FACTORS: dict[str, Callable[[Any, str], float | Tensor]] = {
     "beam": _beam,
+    "muse_spark": _muse,
     "zaya": _zaya,
     "dory": _rate,
     "minimax": lambda block, site: block.attn_beta_factor if site == "attn_out" else block.mlp_beta_factor,
@@ -146,6 +159,7 @@ FACTORS: dict[str, Callable[[Any, str], float | Tensor]] = {
 KEPT: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "beam": lambda block, x: x * math.sqrt(1 - 1 / block.attn_residual_add_idx),
     "doge": lambda block, x: block.input_residual * x,
+    **dict.fromkeys(INKLING2, lambda block, x: x * (not block.is_block_boundary)),
     "dory": lambda block, x: block.input_layernorm(x) * (1 - _rate(block, "attn_out")),
     "minimax": lambda block, x: block.input_layernorm(x) * block.attn_alpha_factor,
     "zaya": lambda block, x: block.post_attention_residual_scale(torch.zeros_like(x), x),

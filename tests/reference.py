@@ -402,11 +402,15 @@ class Reference:
             scores = torch.einsum("bhqd,bhkd->bhqk", q, k[:, heads]) * scaling
             if rest.get("softcap"):
                 scores = rest["softcap"] * torch.tanh(scores / rest["softcap"])
+            if rest.get("position_bias") is not None:
+                scores = scores + rest["position_bias"]
             scores = scores if mask is None else scores + mask
             if part == "scores":
                 scores = fn(scores)
-            if rest.get("s_aux") is not None:
+            sink = rest.get("sinks")  # for each query
+            if rest.get("s_aux") is not None:  # for all of them
                 sink = rest["s_aux"].reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            if sink is not None:
                 pattern = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
             else:
                 pattern = scores.softmax(-1, dtype=torch.float32 if half else None).to(q.dtype)

@@ -96,6 +96,7 @@ BERTS = {
     "rembert": "rembert", "roc_bert": "roc_bert", "roformer": "roformer", "xmod": "roberta",
 }  # fmt: skip
 """BERT and its kin, and what their encoder is called."""
+QWEN4 = ("qwen4_exp", "qwen4_exp_text")
 KIN = {
     "llama4_text": "llama4", "qwen3_5_moe_text": "qwen3_5_moe", "sarvam_mla": "deepseek_v3", "sarvam_moe": "glm4_moe",
 }  # fmt: skip
@@ -125,8 +126,8 @@ LAYOUT: dict[str, dict[str, str]] = {
     },
     "git": encoder("git", BERT | {"pattern": "attention.self.dropout"}),
     "kosmos_2_5": decoder("text_model.model", BART | {"mid": "final_layer_norm", "mlp": "ffn", "down": "ffn.fc2", "mlp_out": "ffn"}),
-    "muse_spark": SANDWICH,
-    "qwen4_exp": LLAMA,
+    "muse_spark": SANDWICH | {"mid_out": "post_attention_residual_gate"},
+    **dict.fromkeys(QWEN4, LLAMA),
     "ctrl": {
         "embed": "transformer.w", "blocks": "transformer.h", "norm": "transformer.layernorm",
         "attn": "multi_head_attention", "q": "multi_head_attention.Wq", "k": "multi_head_attention.Wk",
@@ -268,12 +269,6 @@ LACKS: dict[str, set[str]] = {
     "xlstm": OF_ATTENTION,
     "lara_mini": {"mlp_act"},
     "granitemoe_swa": {"mlp_act"},
-    "beam": {
-        "attn_out",
-        "mlp_out",
-        "mixer_out",
-        "resid_mid",
-    },  # each counts by how many were added; tests/test_streams.py
     "ctrl": {"rot_q", "rot_k"},
     **{name: {"rot_q", "rot_k", "final_norm"} for name in (*BERTS, *NORMED, "roberta-prelayernorm", "xlm-roberta-xl")},
     "xmod": {"rot_q", "rot_k", "final_norm", "mlp_out"},
@@ -281,14 +276,8 @@ LACKS: dict[str, set[str]] = {
     "roformer": {"final_norm"},
     **{name: {"rot_q", "rot_k"} for name in (*PRENORMED, "xglm", "biogpt")},
     "kosmos_2_5": {"rot_q", "rot_k"},
-    "muse_spark": {
-        "mlp_act",
-        "attn_out",
-        "mixer_out",
-        "resid_mid",
-        "mlp_out",
-    },  # what is added has a share; no hook is written
-    "qwen4_exp": {"resid_pre", "attn_out", "mixer_out", "resid_mid", "mlp_act", "mlp_out", "resid_post", "final_norm"},
+    "muse_spark": {"mlp_act"},
+    **dict.fromkeys(QWEN4, {"resid_pre", "attn_out", "mixer_out", "resid_mid", "mlp_act", "mlp_out", "resid_post", "final_norm"}),
     "bigbird_pegasus": {"rot_q", "rot_k"},
     **{name: {"rot_q", "rot_k"} for name in ("bloom", "mpt")},
     **{name: {"rot_q", "rot_k", "final_norm"} for name in ("git", "GitForCausalLM", "openai-gpt")},
@@ -297,7 +286,7 @@ LACKS: dict[str, set[str]] = {
 LINEAR = (
     layouts.LINEAR
     | hybrid_layouts.LINEAR
-    | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1], "qwen4_exp": [0, 1]}
+    | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1], **dict.fromkeys(QWEN4, [0, 1])}
 )
 """Layers with linear attention."""
 GATED_QUERIES = {*LINEAR} - {"lara_mini", *hybrid_layouts.LINEAR}
@@ -323,7 +312,7 @@ GATES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     ),
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), ("in_proj", lambda x: x.chunk(3, -1)[1])),
     **dict.fromkeys(
-        ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "lara_mini"),
+        ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", *QWEN4, "lara_mini"),
         ("in_proj_z", lambda x: x),
     ),
     "zamba": ("in_proj", lambda x: x.unflatten(-1, (128, 2))[..., 1]),

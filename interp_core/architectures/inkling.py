@@ -4,12 +4,15 @@ A token's routed and shared experts are weighed together: the logarithms of thei
 router's module gives the routed logits alone, so those of shared experts are worked out anew from what it reads. Where
 an edit chooses other routed experts, shared ones get what these leave them.
 
-Inkling 2 has no shared experts, and no such sum.
+Inkling 2 has no shared experts, and no such sum. What attention and the MLP read is a learnt mix of the stream with
+those of earlier groups of blocks: the first block of a group lays its stream aside, and what its attention gives begins
+the next one.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .family import Family
+from .hook_points import resid_mid
 from .parameters import parameter
 from .routing import BANNED, Router
 from .scored import BIAS, Beside, Scored, own_score, sigmoid
@@ -84,6 +88,32 @@ FAMILY = Family(
     inside=("v",),  # behind a convolution over positions
     router=SharingRouter("mlp.gate", "mlp.experts", TOGETHER, n_shared="n_shared_experts"),
 )
-_OWN = Router("mlp.gate", "mlp.experts", Scored(own_score, BIAS, eps=1e-20, scale="routed_scaling_factor"))
-INKLING2 = Family("inkling2", router=_OWN)
-INKLING2_LOOP = Family("inkling2_loop", router=_OWN)
+
+
+def begins(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
+    """Inkling 2: every few blocks, what attention gives begins a stream anew, and the one before is laid aside."""
+    return added if site == "resid_mid" and block.is_block_boundary else before + added
+
+
+def between(block: Any) -> None:
+    """`resid_mid` of Inkling 2, which no module reads alone: `mlp_input` mixes it with the streams laid aside."""
+    added = block.addition("attn_out", f"{block.path}.post_attention_convolution")
+    point = resid_mid(block.stack.point(block.path, "in"), added, partial(begins, block.module, "resid_mid"))
+    block.add("resid_mid", point, point, block.d_model, {"grad": "it is computed of what the block reads and adds"})
+
+
+_MIXED = "a learnt mix with the streams of earlier blocks, and a norm, lie between the last stream and the unembedding"
+_BEHIND = {f"blocks.attn.{part}": f"{part}_proj.linear" for part in "qko"}
+INKLING2 = Family(
+    "inkling2",
+    paths={
+        "blocks.attn": "self_attn", "blocks.mlp": "mlp", **_BEHIND, "blocks.ln1_post": "post_attention_convolution",
+        "blocks.ln2_post": "post_mlp_convolution",
+    },
+    inside=("v",),
+    join=begins,
+    router=Router("mlp.gate", "mlp.experts", Scored(own_score, BIAS, eps=1e-20, scale="routed_scaling_factor")),
+    refuse=dict.fromkeys(("final_norm", "readout"), _MIXED),
+    sites=(between,),
+)  # fmt: skip
+INKLING2_LOOP = replace(INKLING2, name="inkling2_loop")

@@ -293,7 +293,7 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
     """Between patterns and what they are made of and mix."""
     atlas = model.atlas
     if layers := both(atlas, "pattern"):
-        sinks = any("sinks" in name for name, _ in model.hf.named_parameters())
+        sinks = any(mark in name for mark in ("sinks", "sink_proj") for name, _ in model.hf.named_parameters())
         rows = [at(run, "pattern", i).sum(-1) for i in layers]
         ones = [x.clamp(max=1) if sinks else torch.ones_like(x) for x in rows]
         what = "sums to less than one, the rest is the sink's" if sinks else "sums to one"
@@ -389,7 +389,7 @@ def _handed(model: Session, run: Run, layers: list[int]) -> Finding:
 
 
 NORMS_OF_HEADS = (
-    "q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm", "q_b_norm", "kv_norm",
+    "q_norm", "k_norm", "q_proj.norm", "k_proj.norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm", "q_b_norm", "kv_norm",
 )  # fmt: skip
 """How modules that norm queries and keys are called."""
 

@@ -47,8 +47,8 @@ from transformers import AttentionInterface
 
 from ..errors import CapabilityError
 from .attention_prefix import SharedPrefix, joined_scores, merged
-from .attention_steps import demand_a_key, mixed, products, scale_of, shaped, softmax
-from .masks import at_queries, hiding, is_causal, masked, rows_of
+from .attention_steps import demand_a_key, mixed, products, scale_of, shaped, sinks_of, softmax
+from .masks import at_queries, by_query, hiding, is_causal, masked, rows_of
 
 NAME = "interp_core"
 RULED = "interp_core_rule"
@@ -139,6 +139,7 @@ class AttentionHook:
         kernel: the layer's own attention function, if it can be found.
         hides: all that the plan does with scores and patterns is to hide keys, which the layer's own kernel can be told
             by a mask.
+        sinks: of the last call, see `sinks_of`, while scores are edited.
         softmax_dtype: in which the family's eager attention takes its softmax even for wider types.
         config_copy: the layer's config, but for the attention function that it names: ours. Layers of a plan that
             share a config share its copy.
@@ -147,7 +148,7 @@ class AttentionHook:
 
     __slots__ = (
         "config_copy", "filled", "hides", "keep", "kept", "kernel", "module", "note", "original", "prefix", "queries",
-        "softmax_dtype", "stages",
+        "sinks", "softmax_dtype", "stages",
     )  # fmt: skip
 
     def __init__(
@@ -158,6 +159,7 @@ class AttentionHook:
         self.filled: int | None = None
         self.queries: Sequence[int] | None = None
         self.hides = False
+        self.sinks: Tensor | None = None
         self.note: Callable[[Tensor, Tensor, Tensor | None, dict[str, Any]], None] | None = None
         self.kept: tuple[Tensor, Tensor, int | None] | None = None
         self.original = own_config(module)
@@ -197,6 +199,7 @@ class AttentionHook:
     def remove(self) -> None:
         """Give the layer its own config back."""
         self.module.__dict__.pop("interp_hook", None)
+        self.sinks = None
         if "interp_rule" not in self.module.__dict__:
             self.module.__dict__["config"] = self.original
 
@@ -296,11 +299,11 @@ def opened(
     if hook.prefix is not None:
         scores, values = joined_scores(hook.prefix, query * scale, scores, kwargs)
         n_keys = scores.shape[-1]
-    unedited = scores
+    unedited, hook.sinks = scores, sinks_of(kwargs)
     if "scores" in stages:
         scores = stages["scores"](unedited, n_keys)
         demand_a_key(unedited, scores)
-    pattern = computed = softmax(scores, kwargs.get("s_aux"), hook.softmax_dtype)
+    pattern = computed = softmax(scores, hook.sinks, hook.softmax_dtype)
     if "pattern" in stages:
         pattern = stages["pattern"](computed, n_keys)
     if few is not None and scores is unedited and pattern is computed and not pattern.requires_grad:
@@ -332,18 +335,19 @@ def _hidden(
     if hook.queries is not None and not hook.queries:
         return kernel(query, mask)
     queries = torch.tensor(range(n) if hook.queries is None else hook.queries, device=query.device)
-    few, bias = 2 * len(queries) <= n, at_queries(queries, kwargs.get("position_bias"))
+    few, of_queries = 2 * len(queries) <= n, by_query(kwargs, queries)
+    hook.sinks = sinks_of({**kwargs, **of_queries})
     for_queries = queries if few or len(queries) == n else torch.arange(n, device=query.device)  # whom the mask is for
     at = None if len(for_queries) == len(queries) else queries
     with torch.no_grad():
         rows = rows_of(mask, for_queries, n_keys, implied=n > 1 and is_causal(kwargs, hook.module), dtype=query.dtype)
-        unedited = shaped(products(query[:, :, queries], key) * kwargs["scaling"], {**kwargs, "position_bias": bias})
+        unedited = shaped(products(query[:, :, queries], key) * kwargs["scaling"], {**kwargs, **of_queries})
         unedited = masked(unedited, rows if at is None else rows[:, :, at], kwargs, hook.module)
         scores = hook.stages["scores"](unedited, n_keys)
         demand_a_key(unedited, scores)
         rows = hiding(rows, scores != unedited, at)
     if few:
-        return kernel(query, mask).index_copy(1, queries, kernel(query[:, :, queries], rows, position_bias=bias))
+        return kernel(query, mask).index_copy(1, queries, kernel(query[:, :, queries], rows, **of_queries))
     return kernel(query, rows)
 
 
@@ -380,8 +384,7 @@ def _few(
     if mask is None and query.shape[2] > 1 and is_causal(kwargs, module):
         # Causal attention is implied for all queries, and has to be said of some of them.
         few_mask = torch.arange(key.shape[2], device=at.device) <= at[:, None]
-    more = {**kwargs, "position_bias": at_queries(at, kwargs.get("position_bias"))}
-    return _Few(closed, at, query[:, :, at], few_mask, more)
+    return _Few(closed, at, query[:, :, at], few_mask, {**kwargs, **by_query(kwargs, at)})
 
 
 OURS[NAME] = attention

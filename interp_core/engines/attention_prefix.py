@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention_steps import HALF, mixed, products, shaped
+from .attention_steps import HALF, mixed, products, shaped, sinks_of
 from .masks import LOWEST, masked
 
 _BITS = math.log2(math.e)
@@ -155,8 +155,8 @@ def merged(
         own, shared = own.to(wide), shared.to(wide)
     own, shared = own * _BITS, shared.mul_(_BITS)
     highest = own.amax(-1, keepdim=True)
-    if (sinks := kwargs.get("s_aux")) is not None:
-        sinks = sinks.reshape(1, -1, 1, 1).to(own.dtype) * _BITS
+    if (sinks := sinks_of(kwargs)) is not None:
+        sinks = sinks.to(own.dtype) * _BITS
         highest = torch.maximum(highest, sinks)
     # One maximum for both parts, so that no power overflows and the two sums are of the same unit.
     top = torch.maximum(shared.amax(1, keepdim=True), by_text(highest))

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PositionError
-from .attention_steps import scale_of, shaped, softmax
-from .masks import additive, at_queries, is_causal, masked, no_later
+from .attention_steps import scale_of, shaped, sinks_of, softmax
+from .masks import additive, at_queries, by_query, is_causal, masked, no_later
 
 ROOM, LEAST = 1 << 18, 16
 """Where only a sum of rows is asked for: how many numbers of them are made at a time, so that a CPU keeps them in its
@@ -57,7 +57,7 @@ class AttentionRows:
             PositionError: a query that is not here.
         """
         places = torch.tensor(self._places(queries), device=self.query.device)
-        called = {**self.called, "position_bias": at_queries(places, self.called.get("position_bias"))}
+        called = {**self.called, **by_query(self.called, places)}
         return replace(self, query=self.query.index_select(2, places), called=called, kept=tuple(queries), made=())
 
     def held(self) -> AttentionRows:
@@ -130,7 +130,7 @@ class AttentionRows:
         """Rows of the pattern `[batch head query key]`, some queries at a time and which these are; later keys that a
         causal layer hides are cut off."""
         queries, places = list(queries), self._places(queries)
-        called, bias, key = {**self.called}, self.called.get("position_bias"), self.key.mT
+        called, key = {**self.called}, self.key.mT
         query = _taken(self.query, places)
         query = query * scale_of(query, called["scaling"])
         hides = self.mask is None and self.key.shape[2] > 1 and is_causal(called, self.module)
@@ -139,9 +139,8 @@ class AttentionRows:
         for start in range(0, len(queries), chunk):
             part = slice(start, start + chunk)
             columns = queries[part]
-            if bias is not None:
-                called["position_bias"] = at_queries(torch.tensor(places[part], device=key.device), bias)
-            visible = key[..., : max(columns) + 1] if hides and bias is None else key
+            called |= by_query(self.called, torch.tensor(places[part], device=key.device))
+            visible = key[..., : max(columns) + 1] if hides and called.get("position_bias") is None else key
             scores = shaped(_grouped(query[:, :, part], visible), called)
             if hides:
                 first = min(columns)  # keys before it are seen by all of these queries
@@ -149,7 +148,7 @@ class AttentionRows:
             elif self.mask is not None:
                 mask = at_queries(torch.tensor(columns, device=key.device), self.mask)
                 scores = masked(scores, mask, called, self.module)
-            yield part, softmax(scores, called.get("s_aux"), self.softmax_dtype)
+            yield part, softmax(scores, sinks_of(called), self.softmax_dtype)
 
 
 def _later(queries: Sequence[int], scores: Tensor) -> Float[Tensor, "query key"]:

@@ -7,10 +7,11 @@ Shapes are those that transformers hands an attention function: queries `[batch 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import PlanError
 from .knockout import NOTHING_LEFT
@@ -48,17 +49,31 @@ def shaped(scores: Tensor, kwargs: dict[str, Any]) -> Tensor:
     return scores
 
 
+def sinks_of(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Scores that take their part of the sum and stand for no key, `[… head query 1]`, of what attention was called with:
+    one per head (gpt-oss), or one per head and query (Inkling 2)."""
+    sinks: Tensor | None = kwargs.get("s_aux")
+    return kwargs.get("sinks") if sinks is None else sinks.reshape(1, -1, 1, 1)
+
+
+def sinks_in(module: nn.Module) -> Tensor | None:
+    """The same, of what a layer's attention is called with while its scores are edited."""
+    hook = module.__dict__.get("interp_hook")
+    sinks: Tensor | None = getattr(hook, "sinks", None)
+    return sinks
+
+
 def softmax(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """Probabilities over keys, in the type of the scores.
 
     Args:
-        sinks: a score per head that takes its part of the sum and then stands for no key (gpt-oss).
+        sinks: see `sinks_of`.
         dtype: in which the sum is taken; None for the scores' own, or float32 where that is half precision.
     """
     kind = scores.dtype
     wide = dtype or (torch.float32 if kind in HALF else None)
     if sinks is not None:
-        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1).to(kind)
+        column = sinks.expand(scores.shape[0], -1, scores.shape[2], 1).to(kind)
         scores = torch.cat([scores, column], -1)
     pattern = torch.softmax(scores, -1, dtype=wide)
     if sinks is not None:

@@ -4,6 +4,7 @@ look, or added to the scores.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +19,11 @@ hidden whole (padding) stays finite under the scores that it is added to."""
 def at_queries(queries: Tensor, x: Tensor | None) -> Tensor | None:
     """Of a mask or a bias `[… query key]`, the rows of some queries; one for all queries `[… 1 key]` stays as it is."""
     return x if x is None or x.shape[-2] == 1 else x[..., queries, :]
+
+
+def by_query(kwargs: Mapping[str, Any], queries: Tensor) -> dict[str, Tensor | None]:
+    """What attention is called with that has rows by query (a bias, sinks), if it is: those of some queries."""
+    return {name: at_queries(queries, kwargs[name]) for name in ("position_bias", "sinks") if name in kwargs}
 
 
 def is_causal(kwargs: dict[str, Any], module: nn.Module) -> bool:

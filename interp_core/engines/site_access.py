@@ -23,7 +23,7 @@ from ..architectures.family import View
 from ..architectures.hook_points import Call, HookPoint
 from ..positions import Rows, Slice, settled
 from ..sites import ROUTING, SITES, TENSOR_OPS, Edit, Site
-from .attention_steps import softmax
+from .attention_steps import sinks_in, softmax
 from .knockout import Hidden, renormalised
 from .operations import apply_edit, edit_value
 from .pass_state import PassState
@@ -233,8 +233,7 @@ class SiteEdit(SiteAccess):
         if edit.op == "zero":
             change = old
         elif self.knockout:  # the probability that was taken away
-            sinks = getattr(state.modules[self.point.module], "sinks", None)
-            change = self.take(softmax(x, sinks, None))
+            change = self.take(softmax(x, sinks_in(state.modules[self.point.module]), None))
         else:
             change = new - old
         columns = None if self.bound is None else self.bound.columns

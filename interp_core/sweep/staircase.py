@@ -27,7 +27,7 @@ from ..architectures.atlas import Atlas, Entry
 from ..architectures.hook_points import Call, HookPoint
 from ..engines.attention import AttentionHook
 from ..engines.attention_prefix import RowTexts, SharedPrefix
-from ..engines.attention_steps import softmax
+from ..engines.attention_steps import sinks_in, softmax
 from ..engines.operations import apply_edit
 from ..engines.program import LocalEngine, Stop
 from ..engines.protocol import PassRecord
@@ -167,7 +167,7 @@ class RowEdits:
         # scores are [row head query key], places are [query key head]
         old = before.permute(0, 2, 3, 1)[(slice(None), *place)]
         into.permute(0, 2, 3, 1)[(index, *place)] = apply_edit(self._edit(members[0]), old, None)
-        taken = softmax(before, getattr(self.program.engine.modules[self.point.module], "sinks", None), None)
+        taken = softmax(before, sinks_in(self.program.engine.modules[self.point.module]), None)
         taken = taken.permute(0, 2, 3, 1)[(slice(None), *place)]
         norms = torch.linalg.vector_norm(taken.reshape(len(rows), -1), dim=-1)
         self.program.note(torch.tensor(rows, device=norms.device), norms)
