@@ -108,7 +108,8 @@ def project(atlas: Atlas, z: Tensor, layer: int, added: bool) -> Tensor:
     if not f"{heads.read.module}.".startswith(f"{end.read.module}."):  # neither attention nor its last projection
         assert end.module is not None
         projected = end.module(projected)
-    return projected if end.read.layout is None else projected * end.read.layout.factor
+    layout = end.read.layout
+    return projected if layout is None else projected * layout.factor + layout.bias
 
 
 def demand_width(what: str, value: Any, *ends: int) -> None:

@@ -54,6 +54,7 @@ LAYOUT: dict[str, dict[str, str]] = {
     "gemma3n_text": SANDWICH,
     "deepseek_v4": LLAMA
     | {"q": "self_attn.q_b_proj", "k": "self_attn.kv_proj", "o": "self_attn.o_a_proj", "o_last": "self_attn.o_b_proj"},
+    "glm5_next_text": LATENT,
     "hy_v4": LATENT,
     "inkling_text": LLAMA | {"attn_out": "attn_sconv", "mlp_out": "mlp_sconv"},
     **dict.fromkeys(INKLING2, LLAMA | {
@@ -72,8 +73,15 @@ LAYOUT: dict[str, dict[str, str]] = {
     | {"embed": "model.text_model.embed_tokens", "blocks": "model.text_model.layers", "norm": "model.text_model.norm"},
 }  # fmt: skip
 """Module names by type."""
-WIDE_QUERIES = {"bailing_hybrid", "kimi_linear", "hy_v4"}
-DENSE: dict[str, list[int]] = {"inkling_text": [0], "bailing_hybrid": [0], "kimi_linear": [0], "nemotron_h": [4], "hy_v4": [0]}
+WIDE_QUERIES = {"bailing_hybrid", "kimi_linear", "glm5_next_text", "hy_v4"}
+DENSE: dict[str, list[int]] = {
+    "inkling_text": [0],
+    "bailing_hybrid": [0],
+    "kimi_linear": [0],
+    "nemotron_h": [4],
+    "glm5_next_text": [0],
+    "hy_v4": [0],
+}
 _HEADS = {"q", "k", "v", "rot_q", "rot_k", "scores", "pattern", "z", "head_out"}
 _STREAM = {"resid_pre", "attn_out", "mixer_out", "resid_mid", "mlp_out", "resid_post"}
 _OF_BLOCKS = {*_HEADS, *_STREAM, "attn_in", "mixer_in", "mlp_in", "mlp_act"}
@@ -88,16 +96,22 @@ LACKS: dict[str, set[str]] = {
     "longcat_flash": {*_HEADS, "attn_in", "attn_out", "mixer_in", "mixer_out", "resid_mid", "mlp_act"},
     "gemma3n_text": _STREAM,
     "deepseek_v4": {*_STREAM, "mlp_act"},
-    "hy_v4": {*_STREAM, "k"},
+    **{key: {*_STREAM, "k"} for key in ("glm5_next_text", "hy_v4")},
     "zaya": {"mlp_act"},
-    **dict.fromkeys(INKLING2, {"mlp_act", "final_norm"}),
+    **{key: {"mlp_act", "final_norm"} for key in INKLING2},
     "jetmoe": {"k", "head_out", "mlp_act"},
     **{key: {"rot_q", "rot_k", "scores", "final_norm"} for key in ("git", "GitForCausalLM", "openai-gpt")},
 }
-LINEAR: dict[str, list[int]] = {"bailing_hybrid": [0], "kimi_linear": [0], "minimax": [0], "olmo_hybrid": [0, 1]}
+LINEAR: dict[str, list[int]] = {
+    "bailing_hybrid": [0],
+    "kimi_linear": [0],
+    "minimax": [0],
+    "olmo_hybrid": [0, 1],
+    "glm5_next_text": [0, 2],
+}
 """Layers with linear attention."""
 MIXED_VALUES = {*INKLING2, "deepseek_v4", "inkling_text", "jetmoe", "zaya"}
-CALLED_ALIKE = {"bailing_hybrid", "kimi_linear", "minimax"}
+CALLED_ALIKE = {"bailing_hybrid", "glm5_next_text", "kimi_linear", "minimax"}
 """Types whose linear attention has the name of the other."""
 SOME: dict[str, dict[str, list[int]]] = {
     "deepseek_v4": {key: [0] for key in ("v", "rot_k", "scores", "pattern")},
@@ -156,6 +170,10 @@ FACTORS: dict[str, Callable[[Any, str], float | Tensor]] = {
     "GraniteDoclingForConditionalGeneration": lambda block, site: block.residual_multiplier,
 }
 """What a block multiplies attention and MLP by before it adds them."""
+BIASES: dict[str, Callable[[Any], float | Tensor]] = {
+    "gpt_neox_japanese": lambda block: 0.0 if block.attention.dense_bias is None else block.attention.dense_bias,
+}
+"""What a block adds to what attention gives."""
 KEPT: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "beam": lambda block, x: x * math.sqrt(1 - 1 / block.attn_residual_add_idx),
     "doge": lambda block, x: block.input_residual * x,

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from hybrid_layouts import ADDED, BESIDE, CALLED_ALIKE, FACTORS, KEPT, STATES
+from hybrid_layouts import ADDED, BESIDE, BIASES, CALLED_ALIKE, FACTORS, KEPT, STATES
 from layouts import OWN_ATTENTION
 from own_attention import OWN, by_hand
 from routed import route
@@ -261,8 +261,8 @@ class Reference:
     def _mixed(self, layer: int, fn: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
         """`fn` changes what attention or another mixer adds, given that and the stream before: the stream after it lives
         in a local variable, and what adds a second part beside goes first."""
-        seen: dict[str, Any] = {"beside": 0.0}
         factor, block = self.factor("attn_out", layer), self.module("", layer)
+        seen: dict[str, Any] = {"beside": BIASES[self.family](block) if self.family in BIASES else 0.0}
 
         def into(added: Tensor) -> Tensor:
             whole = added * factor + seen["beside"]

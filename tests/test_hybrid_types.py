@@ -6,14 +6,23 @@ not so.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from conftest import tiny_model
 from parity import cell
 from reference import Reference
+from test_attention_few import CASES, same
+from test_attention_masks import batch
+from test_attention_rows import kept
+from tolerances import close
+from transformers.models.llama import modeling_llama
 
 import interp_core as ic
 from interp_core import sites as S
 from interp_core import testing
+from interp_core.engines.attention import AttentionHook
 
 SERVED = {
     "dory": ("attn_out", "resid_mid", "mlp_out"),
@@ -86,10 +95,65 @@ def test_blocks_that_run_again_are_refused_on_every_engine(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["torch", "nnsight"])
-def test_attention_that_cannot_be_opened_costs_its_own_sites_alone(engine: str, ids: torch.Tensor) -> None:
-    """Inkling adds to the scores inside attention what the attention hook is not handed."""
-    hf = testing.tiny("inkling2_text")
+def test_attention_that_cannot_be_opened_costs_its_own_sites_alone(
+    engine: str, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attention function that adds to the scores what it is not handed."""
+    own = modeling_llama.eager_attention_forward
+
+    def biased(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **rest: Any) -> Any:
+        nearer = torch.arange(key.shape[2], dtype=query.dtype)
+        return own(module, query, key, value, nearer if mask is None else mask + nearer, **rest)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", biased)
+    hf = testing.tiny("llama")
+    hf.set_attn_implementation("eager")
     model = ic.load(hf, engine=engine)
     assert "is the attention that the model does fails" in model.can("pattern", "read")
     plain = hf(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(model.run(ids, read=S.resid_pre).logits.plain, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_sinks_of_each_query(layer: int, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inkling 2 works them out of what attention reads: of some queries or all, rows of the pattern have room for them,
+    and a receipt says what a knockout took."""
+    model, read = tiny_model("inkling2_text"), S.pattern[layer].at(query=[-1, -2])
+    assert model.run(ids, read=S.pattern[layer])[S.pattern[layer]].sum(-1).min() < 0.9
+    tokens = batch(left=False)
+    for make in CASES.values():
+        found = model.run(tokens, read=read, edits=make(layer), allow_noop=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(AttentionHook, "has_kernel", False)
+            wanted = model.run(tokens, read=read, edits=make(layer), allow_noop=True)
+        same(found, wanted, model, tokens, read)
+    pattern = model.run(ids, read=S.pattern[layer])[S.pattern[layer]].plain
+    rows = kept(model, batch(left=False).row(0))[layer]
+    alone = model.run(batch(left=False).row(0), read=S.pattern[layer])[S.pattern[layer]].plain
+    close(rows.pattern([6, 1]), alone[:, :, [6, 1]], model)
+    close(rows.at([3, 6]).pattern([6]), alone[:, :, [6]], model)
+    for query in (-1, slice(None)):
+        run = model.run(ids, edits=S.pattern[layer].knockout(query=query, key=-2), allow_noop=True)
+        close(torch.tensor(run.receipts[0].norm), pattern[:, :, query, -2].norm(), model)
+
+
+@pytest.mark.parametrize("every", [1, 2, 6])
+def test_streams_that_begin_anew(every: int, ids: torch.Tensor) -> None:
+    """Inkling 2 lays the stream aside every few blocks: what attention gives then is all of it."""
+    model = ic.load(testing.tiny("inkling2_text", n_layers_per_attn_res_block=every))
+    run = model.run(ids, read=[S.resid_pre, S.attn_out, S.resid_mid, S.mlp_out, S.resid_post])
+    for layer in range(3):
+        before, added = run[S.resid_pre[layer]], run[S.attn_out[layer]]
+        close(run[S.resid_mid[layer]], added if layer % every == 0 else before + added, model)
+        close(run[S.resid_post[layer]], run[S.resid_mid[layer]] + run[S.mlp_out[layer]], model)
+
+
+def test_a_bias_that_the_block_adds(ids: torch.Tensor) -> None:
+    """GPT-NeoX-Japanese: attention hands it to the last block."""
+    model = tiny_model("gpt_neox_japanese")
+    run, bias = model.run(ids, read=[S.z, S.attn_out]), model.hf.gpt_neox_japanese.layers[2].attention.dense_bias
+    assert bias.abs().max() > 1e-3
+    for layer in range(3):
+        close(model.project(run[S.z[layer]], layer, added=True), run[S.attn_out[layer]], model)
+    close(model.run(ids, edits=S.attn_out[2].zero(), read=S.resid_mid[2])[S.resid_mid[2]],
+          model.run(ids, read=S.resid_pre[2])[S.resid_pre[2]], model)  # fmt: skip

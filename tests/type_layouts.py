@@ -277,7 +277,10 @@ LACKS: dict[str, set[str]] = {
     **{name: {"rot_q", "rot_k"} for name in (*PRENORMED, "xglm", "biogpt")},
     "kosmos_2_5": {"rot_q", "rot_k"},
     "muse_spark": {"mlp_act"},
-    **dict.fromkeys(QWEN4, {"resid_pre", "attn_out", "mixer_out", "resid_mid", "mlp_act", "mlp_out", "resid_post", "final_norm"}),
+    **{
+        key: {"resid_pre", "attn_out", "mixer_out", "resid_mid", "mlp_act", "mlp_out", "resid_post", "final_norm"}
+        for key in QWEN4
+    },
     "bigbird_pegasus": {"rot_q", "rot_k"},
     **{name: {"rot_q", "rot_k"} for name in ("bloom", "mpt")},
     **{name: {"rot_q", "rot_k", "final_norm"} for name in ("git", "GitForCausalLM", "openai-gpt")},
@@ -286,15 +289,13 @@ LACKS: dict[str, set[str]] = {
 LINEAR = (
     layouts.LINEAR
     | hybrid_layouts.LINEAR
-    | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1], **dict.fromkeys(QWEN4, [0, 1])}
+    | {"lara_mini": [0, 2], "qwen3_5_text": [0, 1], "qwen3_5_moe_text": [0, 1], **{key: [0, 1] for key in QWEN4}}
 )
 """Layers with linear attention."""
 GATED_QUERIES = {*LINEAR} - {"lara_mini", *hybrid_layouts.LINEAR}
 """Types whose query projection holds a gate beside each query."""
-SOME: dict[str, dict[str, list[int]]] = hybrid_layouts.SOME | {
-    "gpt_neox_japanese": {"attn_out": [0, 1], "mixer_out": [0, 1], "resid_mid": [0, 1]},
-}
-"""Sites in some layers alone: in the last one of GPT-NeoX-Japanese a bias is added outside attention."""
+SOME = hybrid_layouts.SOME
+"""Sites in some layers alone."""
 MIXERS: dict[str, dict[int, str]] = hybrid_layouts.MIXERS | {
     **{family: {0: "conv"} for family in ("lfm2", "lfm2_moe", "lfm3")},
     "jamba": dict.fromkeys((0, 1), "mamba"),
@@ -321,7 +322,7 @@ GATES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "recurrent_gemma": ("linear_y", lambda x: x),
     "rwkv": ("receptance", lambda x: x),
     "olmo_hybrid": ("g_proj", lambda x: x),
-    "kimi_linear": ("g_b_proj", lambda x: x),
+    **dict.fromkeys(("kimi_linear", "glm5_next_text"), ("g_b_proj", lambda x: x)),
     "bailing_hybrid": ("g_proj", lambda x: x),
     "minimax": ("output_gate", lambda x: x),
 }

@@ -22,6 +22,7 @@ _CLASSES: dict[str, str] = {
     "git": "Git",
     "glm4": "Glm46V Glm4v GlmOcr",
     "glm4_moe_lite": "Mistral4",
+    "glm5_next_text": "Glm5Next",
     "granite": "Granite4Vision GraniteDocling",
     "hyperclovax": "HyperCLOVAXVisionV2",
     "inkling2_loop_text": "Inkling2Loop",

@@ -127,6 +127,7 @@ class Family:
             config that gives them.
         added: factors by which the block multiplies what mixer and MLP give before it adds them to the stream, by site
             (`attn_out`, `mlp_out`, and `beside` for a module beside these), given the block.
+        biases: what the block adds to these products, by site, given the block.
         join: how the block goes on from the stream and what is added to it, where that is not their sum.
         mixed: what attention makes of pattern and values (`z`), given its module and both, where that is more than
             their product.
@@ -161,6 +162,7 @@ class Family:
     beside: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Place] | Callable[[Any], Mapping[str, Place]] = field(default_factory=dict)
     added: Callable[[Any], Mapping[str, float | Tensor]] | None = None
+    biases: Callable[[Any], Mapping[str, Tensor]] | None = None
     join: Join | None = None
     summed: Place | None = None
     mixed: Callable[[Any, Tensor, Tensor], Tensor] | None = None

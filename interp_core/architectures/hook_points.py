@@ -112,6 +112,7 @@ class Layout:
     Attributes:
         flat: batch and pos are one axis.
         factor: the block multiplies by it after the module; a number, or one for each feature.
+        bias: the block adds it after that.
         images: it passes a vision tower, in which the patches of all images follow each other, as `[patch d]` or
             `[tile patch d]`.
         shards: how an axis is shared out between processes, see `shards.py`.
@@ -120,14 +121,15 @@ class Layout:
 
     flat: bool = False
     factor: float | Tensor = 1.0
+    bias: float | Tensor = 0.0
     images: bool = False
     shards: Sharded | None = None
     arranged: Arrangement | None = None
 
     @property
     def scaled(self) -> bool:
-        """Whether there is a factor."""
-        return isinstance(self.factor, Tensor) or self.factor != 1
+        """Whether there is a factor, or a bias."""
+        return isinstance(self.factor, Tensor) or self.factor != 1 or isinstance(self.bias, Tensor)
 
     def enter(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
         """What passes, as the site has it.
@@ -146,7 +148,7 @@ class Layout:
             x = x.reshape(1, -1, x.shape[-1])
         x = x.reshape(*shape, *x.shape[1:]) if self.flat else x
         x = x if self.arranged is None else self.arranged.into(x)
-        return x * self.factor if self.scaled else x
+        return x * self.factor + self.bias if self.scaled else x
 
     def leave(self, x: Tensor, like: Tensor) -> Tensor:
         """The site's tensor as the module has to pass it on, in the place of `like`."""
@@ -155,8 +157,8 @@ class Layout:
         x = x.reshape(like.shape)
         if not self.scaled:
             return x
-        entered = like * self.factor
-        return unrounded(entered, x, like, x / self.factor, self.factor)
+        entered = like * self.factor + self.bias
+        return unrounded(entered, x, like, (x - self.bias) / self.factor, self.factor)
 
 
 def unrounded(old: Tensor, new: Tensor, before: Tensor, after: Tensor, factor: float | Tensor = 1.0) -> Tensor:

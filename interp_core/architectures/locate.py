@@ -249,12 +249,13 @@ class Block:
         self.stack.add(Entry(self.stack.prefix + name, self.layer, read, write, sizes, why))
 
     def addition(self, name: str, module: str, *, flat: bool = False) -> HookPoint:
-        """What is added to the stream: what a module gives, times the block's factor."""
+        """What is added to the stream: what a module gives, times the block's factor, with its bias."""
         family = self.stack.family
         if place := self.stack.places.get(name):
             module, flat = f"{self.path}.{place.module}", place.flat
         factors = family.added(self.module) if family.added else {}
-        layout = Layout(flat, factors.get(name, 1.0), images=not self.stack.text)
+        biases = family.biases(self.module) if family.biases else {}
+        layout = Layout(flat, factors.get(name, 1.0), biases.get(name, 0.0), images=not self.stack.text)
         return HookPoint(module, "out", layout=layout if layout.flat or layout.scaled or layout.images else None)
 
     def whole(self, name: str, part: HookPoint) -> HookPoint:

@@ -389,7 +389,8 @@ def _handed(model: Session, run: Run, layers: list[int]) -> Finding:
 
 
 NORMS_OF_HEADS = (
-    "q_norm", "k_norm", "q_proj.norm", "k_proj.norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm", "q_b_norm", "kv_norm",
+    "q_norm", "k_norm", "q_proj.norm", "k_proj.norm", "q_layernorm", "k_layernorm", "query_layernorm",
+    "key_layernorm", "q_b_norm", "kv_norm",
 )  # fmt: skip
 """How modules that norm queries and keys are called."""
 

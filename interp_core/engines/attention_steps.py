@@ -50,8 +50,8 @@ def shaped(scores: Tensor, kwargs: dict[str, Any]) -> Tensor:
 
 
 def sinks_of(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Scores that take their part of the sum and stand for no key, `[… head query 1]`, of what attention was called with:
-    one per head (gpt-oss), or one per head and query (Inkling 2)."""
+    """Scores that take their part of the sum and stand for no key, `[… head query 1]`, of what attention is called
+    with: one per head (gpt-oss), or one per head and query (Inkling 2)."""
     sinks: Tensor | None = kwargs.get("s_aux")
     return kwargs.get("sinks") if sinks is None else sinks.reshape(1, -1, 1, 1)
 

@@ -169,7 +169,7 @@ OWN: dict[str, dict[str, Any]] = {
     "inkling_text": {"mlp_layer_types": ["dense", "sparse", "sparse"], "n_shared_experts": 2},
     "inkling2_text": {"n_layers_per_attn_res_block": 2},
     "inkling2_loop_text": {
-        "n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2,
+        "n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_num_passes": 2,
     },
     "minimax_m3_vl_text": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 0},
