@@ -71,6 +71,7 @@ _M3 = Mixture(score="sigmoid", bias="mlp.gate.e_score_correction_bias", shared=_
 _M2 = Mixture(score="sigmoid", bias="mlp.gate.e_score_correction_bias")
 _MUSE = replace(_M2, layers=_ALL, scale="routed_scaling_factor")
 _INKLING2 = Mixture(layers=_ALL, score="sigmoid", bias="mlp.gate.e_score_correction_bias", scale="route_scale")
+_LOOP = replace(_INKLING2, layers=(0, 2))  # the other one runs several times
 
 MIXTURES: dict[str, Mixture] = {
     "phimoe": Mixture("mlp.router", layers=_ALL, score="slots"),
@@ -136,7 +137,7 @@ MIXTURES: dict[str, Mixture] = {
         f"{name}ForConditionalGeneration": replace(mixture, blocks=_INNER)
         for name, mixture in {
             "DeepseekOcr2": _V2, "Dots3Note": _V3, "Glm5Next": _V3, "HYV4VL": _V3, "Inkling2": _INKLING2,
-            "Inkling2Loop": _INKLING2, "MistralLarge4": _MISTRAL, "MuseSpark": _MUSE, "Step3p7": _M2, "UnlimitedOcr": replace(_V2, groups=""),
+            "Inkling2Loop": _LOOP, "MistralLarge4": _MISTRAL, "MuseSpark": _MUSE, "Step3p7": _M2, "UnlimitedOcr": replace(_V2, groups=""),
         }.items()
     },
     "AriaForConditionalGeneration": replace(_ARIA, blocks=_INNER),
@@ -149,7 +150,7 @@ MIXTURES: dict[str, Mixture] = {
         score="sigmoid", bias="mlp.gate.e_score_correction_bias", scale="route_scale", shared=_SHARED
     ),
     "inkling2_text": _INKLING2,
-    "inkling2_loop_text": _INKLING2,
+    "inkling2_loop_text": _LOOP,
     "zaya": Mixture(layers=_ALL, bias="mlp.gate.balancing_biases", normed=False),
 }  # fmt: skip
 """By family, or by the model type or class that a tiny model of is built by."""
