@@ -136,3 +136,14 @@ def test_two_threads_that_build_bridges_leave_the_library_as_it_was(monkeypatch:
         assert all(len(bridge.result().blocks) for bridge in bridges)
     assert ArchitectureAdapter._check_required_libraries is check
     assert inside.broken, "both were inside at once"
+
+
+def test_a_receipt_leaves_the_sink_its_share() -> None:
+    """What a knockout took is a part of all probability, with that of gpt-oss' sinks in it."""
+    model = bridged("gpt_oss")
+    with torch.no_grad():
+        model.hf.model.layers[1].self_attn.sinks.fill_(1.5)
+    pattern = model.run(IDS, read=S.pattern[1])[S.pattern[1]].plain
+    run = model.run(IDS, edits=S.pattern[1].knockout(query=[-1, -2], key=-3))
+    assert pattern.sum(-1).max() < 0.99
+    assert run.receipts[0].norm == pytest.approx(float(pattern[:, :, [-1, -2], -3].norm()), rel=1e-4)

@@ -56,11 +56,14 @@ def sinks_of(kwargs: Mapping[str, Any]) -> Tensor | None:
     return kwargs.get("sinks") if sinks is None else sinks.reshape(1, -1, 1, 1)
 
 
-def sinks_in(module: nn.Module) -> Tensor | None:
-    """The same, of what a layer's attention is called with while its scores are edited."""
-    hook = module.__dict__.get("interp_hook")
-    sinks: Tensor | None = getattr(hook, "sinks", None)
-    return sinks
+def sinks_in(modules: Mapping[str, nn.Module], path: str) -> Tensor | None:
+    """The same, while scores are edited: of what attention at a path is called with, or where a module inside it shows
+    scores (TransformerLens), of its parameters."""
+    if (hook := modules[path].__dict__.get("interp_hook")) is not None:
+        called: Tensor | None = hook.sinks
+        return called
+    sinks = getattr(modules.get(path.rpartition(".")[0]), "sinks", None)
+    return None if sinks is None else sinks.reshape(1, -1, 1, 1)
 
 
 def softmax(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype | None) -> Tensor:

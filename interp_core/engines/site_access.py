@@ -233,7 +233,7 @@ class SiteEdit(SiteAccess):
         if edit.op == "zero":
             change = old
         elif self.knockout:  # the probability that was taken away
-            change = self.take(softmax(x, sinks_in(state.modules[self.point.module]), None))
+            change = self.take(softmax(x, sinks_in(state.modules, self.point.module), None))
         else:
             change = new - old
         columns = None if self.bound is None else self.bound.columns

@@ -167,7 +167,7 @@ class RowEdits:
         # scores are [row head query key], places are [query key head]
         old = before.permute(0, 2, 3, 1)[(slice(None), *place)]
         into.permute(0, 2, 3, 1)[(index, *place)] = apply_edit(self._edit(members[0]), old, None)
-        taken = softmax(before, sinks_in(self.program.engine.modules[self.point.module]), None)
+        taken = softmax(before, sinks_in(self.program.engine.modules, self.point.module), None)
         taken = taken.permute(0, 2, 3, 1)[(slice(None), *place)]
         norms = torch.linalg.vector_norm(taken.reshape(len(rows), -1), dim=-1)
         self.program.note(torch.tensor(rows, device=norms.device), norms)
