@@ -145,5 +145,5 @@ def test_a_receipt_leaves_the_sink_its_share() -> None:
         model.hf.model.layers[1].self_attn.sinks.fill_(1.5)
     pattern = model.run(IDS, read=S.pattern[1])[S.pattern[1]].plain
     run = model.run(IDS, edits=S.pattern[1].knockout(query=[-1, -2], key=-3))
-    assert pattern.sum(-1).max() < 0.99
+    assert pattern.sum(-1).min() < 0.5
     assert run.receipts[0].norm == pytest.approx(float(pattern[:, :, [-1, -2], -3].norm()), rel=1e-4)
