@@ -45,12 +45,23 @@ WITHDRAWN: dict[str, tuple[str, ...]] = {
     "deepseek_v4": ("resid_pre", "resid_post", "attn_out", "mixer_out", "resid_mid", "mlp_out"),
 }
 """What the self-check takes out: sites of several streams."""
-IN_FLOAT32 = ("nemotron_h", "hy_v3", "inkling_text", "inkling2_text", "inkling2_loop_text", "zaya")
+FLOAT32_ALONE = (
+    "Inkling2ForConditionalGeneration", "Inkling2LoopForConditionalGeneration", "inkling2_text", "inkling2_loop_text",
+)  # fmt: skip
+"""transformers runs their routers in float32 alone, whose weights stay so."""
+IN_FLOAT32 = ("nemotron_h", "hy_v3", "inkling_text", "zaya", *FLOAT32_ALONE)
 """Families that add experts up in float32, whatever the model's dtype."""
+UNSUMMED = ("jetmoe", "MuseSparkForConditionalGeneration")
+"""Whose experts' outputs are no site."""
 
 
 def tolerance(family: str) -> float:
-    return 1e-5 if family in IN_FLOAT32 else 1e-8
+    return 1e-4 if family in FLOAT32_ALONE else 1e-5 if family in IN_FLOAT32 else 1e-8
+
+
+def routed(family: str, dtype: torch.dtype) -> ic.Model:
+    """A tiny model in a dtype that it runs in."""
+    return tiny_model(family, torch.float32 if family in FLOAT32_ALONE else dtype)
 
 
 def first(output: Any) -> torch.Tensor:
@@ -123,9 +134,9 @@ def test_a_family_without_a_described_router_says_so(ids: torch.Tensor) -> None:
 def test_the_self_check_leaves_every_router_its_sites(family: str) -> None:
     """In bfloat16 too; and what it takes out of the stream and of heads is what is known to be so."""
     for dtype in (torch.float32, torch.bfloat16):
-        atlas = tiny_model(family, dtype).atlas
+        atlas = routed(family, dtype).atlas
         for name in ("router_logits", "router_probs", "router_weights", "router_indices", "expert_out"):
-            if (family, name) != ("jetmoe", "expert_out"):
+            if name != "expert_out" or family not in UNSUMMED:
                 assert set(atlas.layers(name)) >= set(MIXTURES[family].layers)
         assert all(atlas.entries["router_weights", layer].write for layer in MIXTURES[family].layers)
         if family in testing.mixtures():  # what else types have is in the matrix
@@ -136,7 +147,7 @@ def test_the_self_check_leaves_every_router_its_sites(family: str) -> None:
 @pytest.mark.parametrize("family", ALL)
 def test_routers_select_as_by_hand(family: str, ids: torch.Tensor) -> None:
     """In float64: the model's own choice, and that for any logits, with bans down to a single expert."""
-    model, mixture = tiny_model(family, torch.float64), MIXTURES[family]
+    model, mixture = routed(family, torch.float64), MIXTURES[family]
     assert tuple(model.atlas.layers("router_logits")) == mixture.layers
     layer = mixture.layers[-1]
     logits, weights = S.router_logits[layer], S.router_weights[layer]
@@ -178,9 +189,9 @@ def test_a_token_that_passes_by_all_experts_says_so(ids: torch.Tensor) -> None:
         assert torch.equal(plain(run[weights]).sum(-1) == 0, past[..., 0])
 
 
-@pytest.mark.parametrize("family", [f for f in FEWER if f.values[0] != "jetmoe"])
+@pytest.mark.parametrize("family", [f for f in FEWER if f.values[0] not in UNSUMMED])
 def test_experts_are_called_with_the_weights_and_add_up(family: str, ids: torch.Tensor) -> None:
-    model, mixture = tiny_model(family, torch.float64), MIXTURES[family]
+    model, mixture = routed(family, torch.float64), MIXTURES[family]
     layer = mixture.layers[-1]
     experts = mixture.block(model.hf, layer).get_submodule(mixture.experts)
     called: list[tuple[torch.Tensor, ...]] = []
@@ -203,10 +214,10 @@ def test_experts_are_called_with_the_weights_and_add_up(family: str, ids: torch.
 @pytest.mark.parametrize("family", FEWER)
 def test_experts_and_shared_experts_are_what_the_mlp_adds(family: str, ids: torch.Tensor) -> None:
     """By the modules' own outputs: what `mlp_out` is, or between `resid_mid` and `resid_post` where it does not exist."""
-    model, mixture = tiny_model(family, torch.float64), MIXTURES[family]
+    model, mixture = routed(family, torch.float64), MIXTURES[family]
     layer = mixture.layers[-1]
-    if family == "jetmoe":
-        assert "no module gives one expert's output" in (model.can("expert_out", "read") or "")
+    if family in UNSUMMED:
+        assert re.search("no module gives one|add up in moe_hidden_size", model.can("expert_out", "read") or "")
         return
     block = mixture.block(model.hf, layer)
     beside = [block.get_submodule(name) for name in mixture.shared]
@@ -255,7 +266,9 @@ def poisoned(hf: torch.nn.Module, mixture: Mixture, experts: Sequence[int]) -> I
     for layer in mixture.layers:
         module = mixture.block(hf, layer).get_submodule(mixture.experts)
         others = [module] if "experts" in mixture.experts else [module, mixture.block(hf, layer).mlp.input_linear]
-        held += [(weight, weight.data.clone(), each) for each in others for weight in each.parameters()]
+        held += [
+            (weight, weight.data.clone(), each) for each in others for weight in each.parameters() if weight.ndim > 1
+        ]
     for weight, _, each in held:
         by_expert = weight.data.view(each.num_experts, -1) if mixture.experts == "ffn.experts" else weight.data
         by_expert[[e for e in experts if e < len(by_expert)]] = float("nan")
@@ -290,7 +303,7 @@ def test_banned_experts_are_never_executed(family: str, ids: torch.Tensor) -> No
 def test_edits_carry_their_proof(family: str, ids: torch.Tensor) -> None:
     """In both dtypes: the selection reproduces the router at every token, bans and forces hold, the rest keeps its bits."""
     for dtype in (torch.float32, torch.bfloat16):
-        model, layer = tiny_model(family, dtype), MIXTURES[family].layers[-1]
+        model, layer = routed(family, dtype), MIXTURES[family].layers[-1]
         logits, weights, indices = S.router_logits[layer], S.router_weights[layer], S.router_indices[layer]
         before = model.run(ids, read=[weights, indices])
         chosen = plain(before[indices])
