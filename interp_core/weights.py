@@ -160,9 +160,9 @@ class WeightReader(NamedTuple):
         c = 2.0**10 if self.dtype is torch.float16 else 2.0**24
         sign = torch.ones(self.atlas.shape.d_model)
         sign[1::2] = -1
-        up, down = module(self._like(module, c * torch.stack([sign, -sign])))
+        up, down = module(self._like(module, c * torch.stack([sign, -sign]))[None])[0]  # a convolution has positions
         weights = Weights((up - down) / 2 * sign.to(up), (up + down) / 2)
-        x = self._like(module, c * _random(8, len(sign)))
+        x = self._like(module, c * _random(8, len(sign)))[None]
         eps = max(torch.finfo(kind).eps for kind in (self.dtype, torch.float32))
         gain, bias = weights.weight.double(), weights.bias.double()
         # RMSNorm leaves the mean in, LayerNorm takes it out; for ±c above both are the same.
