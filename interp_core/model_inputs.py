@@ -67,10 +67,14 @@ def _from_first(mask: Tensor) -> Tensor:
 
 def _check_padding(atlas: Atlas, tokens: Tokens) -> None:
     """Refuse rows whose padding would change their numbers, as the self-check found."""
+    behind = max(tokens.ids.shape[1] - 1 - row[-1] for row in tokens.rows.real)
+    blind = atlas.blind_behind is not None and behind >= atlas.blind_behind
+    right = "its queries see nothing of the text, and are nan" if blind else atlas.lacking.get("right padding")
+    whys = {"left": atlas.lacking.get("left padding"), "right": right}
     for side, column in (("left", 0), ("right", -1)):
-        if (why := atlas.lacking.get(f"{side} padding")) and not tokens.mask[:, column].all():
+        if (why := whys[side]) and not tokens.mask[:, column].all():
             other = {"left": "right", "right": "left"}[side]
-            free = f", or pad on the {other}" if f"{other} padding" not in atlas.lacking else ""
+            free = "" if whys[other] else f", or pad on the {other}"
             raise CapabilityError(
                 f"a row that is padded on the {side} gets other numbers in this {atlas.family.name} than alone "
                 f"({why}): run rows one by one (for row in tokens){free}"

@@ -58,9 +58,12 @@ def row(model_type: str, engine: str) -> dict[str, Any]:
         of_text = name in SITES and not (SITES[name].visual or SITES[name].tower)
         if of_text and not any(word in why for word in ABSENT):
             missing.setdefault(why, []).append(name)
+    partly: dict[tuple[str, str], list[int]] = {}
     for (name, layer), why in model.atlas.withdrawn.items():
         if name in served:
-            missing.setdefault(f"not in layer {layer}, {why}", []).append(name)
+            partly.setdefault((name, why), []).append(layer)
+    for (name, why), layers in partly.items():
+        missing.setdefault(f"not in layers {layers}, {why}", []).append(name)
     for name in served:
         if "self-check" in (why := str(model.can(name, "write") or "")):
             missing.setdefault(f"not to be edited, {why}", []).append(name)

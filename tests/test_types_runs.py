@@ -24,9 +24,8 @@ from interp_core.testing.types import types
 SWEPT = ("bart", "dots3_note_text", "gemma4_text", "roberta")
 """Decoders that cannot be told positions, or count them from behind the padding id, and layers with other heads."""
 GENERATED = ("bart", "deepseek_v32", "falcon", "roberta")
-CUT = ("doge", "moshi")
-"""Types whose passes with a cache give other numbers than those without, in transformers itself: Moshi's cache is cut to
-a window that its forward pass does not know."""
+CUT = ("moshi",)
+"""Types whose cache is cut to a window that their forward pass does not know, in transformers itself."""
 PROMPT = torch.tensor([[5, 17, 33, 8, 61, 40, 22]])
 
 pytestmark = pytest.mark.filterwarnings(

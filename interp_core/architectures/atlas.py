@@ -111,6 +111,8 @@ class Atlas:
         lacking: site names that the whole model lacks, with the reason; also `readout`, `left padding` and `right
             padding`, where the model cannot have those.
         withdrawn: `(name, layer)` of what an engine or the self-check has taken out, with the reason.
+        blind_behind: how many columns of padding behind a text make a query that sees nothing of it, where such a query
+            is NaN.
         notes: what a user should know of this model.
         processes: the group of processes between which the model is shared out, if it is.
     """
@@ -121,6 +123,7 @@ class Atlas:
         self.components = Components(family.name, shape.n_layers)
         self.reaches: dict[int, Reach] = {}
         self.looks_back = True
+        self.blind_behind: int | None = None
         self.lacking: dict[str, str] = {}
         self.withdrawn: dict[tuple[str, int], str] = {}
         self.notes: list[str] = []

@@ -407,9 +407,9 @@ def _padding(model: Session, ids: Tensor, alone: Tensor) -> Iterator[Finding]:
             yield Finding(f"{side} padding", "changes nothing", False, first_line(error), Law.PADDING)
         return
     far = [distance(logits[row, real], alone) for row, real in enumerate(sides.values())]
-    # A query that sees nothing but padding may be NaN: on the right only those behind a window are that.
-    if math.isnan(far[0]) and any(reach.window or reach.chunk for reach in model.atlas.reaches.values()):
-        far[1] = far[0]
+    if math.isnan(far[0]):  # a query that sees nothing but padding; on the right only those behind a window do
+        reaches = [reach for reach in model.atlas.reaches.values() if reach.window or reach.chunk]
+        model.atlas.blind_behind = min((reach.window or 1 for reach in reaches), default=None)
     for side, off in zip(sides, far, strict=True):
         yield Finding(f"{side} padding", "changes nothing", off <= tolerance(model), f"{off:.1e}", Law.PADDING)
 

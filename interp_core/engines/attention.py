@@ -134,6 +134,7 @@ class AttentionHook:
         kept: with `keep`, the keys and values of the last call, and the layer's sliding window.
         stages: by part (`rot_q`, `rot_k`, `v`, `scores`, `pattern`), what is done there.
         filled: while generating, how many columns there are; a static cache hands over its empty places too.
+        several: stages of a layer that calls attention several times.
         queries: those whose scores and patterns are asked for, as columns of this pass; None for all. (All are opened
             where a sliding window has dropped keys: the plan's positions are then bound anew, see `ModuleHook.stage`.)
         kernel: the layer's own attention function, if it can be found.
@@ -148,13 +149,14 @@ class AttentionHook:
 
     __slots__ = (
         "config_copy", "filled", "hides", "keep", "kept", "kernel", "module", "note", "original", "prefix", "queries",
-        "sinks", "softmax_dtype", "stages",
+        "several", "sinks", "softmax_dtype", "stages",
     )  # fmt: skip
 
     def __init__(
         self, module: Any, stages: dict[str, Stage], config_copies: dict[int, Any], *, keep: bool = False
     ) -> None:
         self.module, self.stages, self.keep = module, stages, keep
+        self.several = [stage for stage in stages.values() if isinstance(stage, OnceOfSeveral)]
         self.prefix: SharedPrefix | None = None
         self.filled: int | None = None
         self.queries: Sequence[int] | None = None
@@ -176,9 +178,8 @@ class AttentionHook:
     def install(self) -> None:
         """Hang this on the layer, and lend it the config. A rule that has taken the layer's attention over keeps its
         own, and calls us as the kernel."""
-        for stage in self.stages.values():
-            if isinstance(stage, OnceOfSeveral):
-                stage.begin()
+        for stage in self.several:
+            stage.begin()
         # Written past `nn.Module.__setattr__`, which is slow and would register what it knows as a submodule.
         self.module.__dict__["interp_hook"] = self
         if "interp_rule" not in self.module.__dict__:
@@ -242,58 +243,38 @@ def kernel_of(module: Any) -> Any:
 
 
 def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The attention function of layers that a plan looks into."""
-    return opened(module.__dict__["interp_hook"], query, key, value, attention_mask, scaling, dropout, **kwargs)
-
-
-def opened(
-    hook: AttentionHook,
-    query: Tensor,
-    key: Tensor,
-    v: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention `[batch head query d_head]` by steps, with the layer's hook called on the way."""
-    module: Any = hook.module
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, interp_hook: AttentionHook | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention `[batch head query d_head]` by steps, with the layer's hook called on the way, or the one handed in."""
+    hook = module.__dict__["interp_hook"] if interp_hook is None else interp_hook
     stages, filled = hook.stages, hook.filled
     if filled is not None and key.shape[2] > filled:
-        key, v = key[:, :, :filled], v[:, :, :filled]
+        key, value = key[:, :, :filled], value[:, :, :filled]
     n_keys = key.shape[2]
     if "rot_q" in stages:
         query = stages["rot_q"](query, n_keys)
     if "rot_k" in stages:
         key = stages["rot_k"](key, n_keys)
     if "v" in stages:
-        v = stages["v"](v, n_keys)
+        value = stages["v"](value, n_keys)
     if hook.keep or hook.note is not None:
-        hook.record(query, key, v, attention_mask, {"scaling": scaling, **kwargs})
+        hook.record(query, key, value, attention_mask, {"scaling": scaling, **kwargs})
     if hook.kernel is not None and hook.prefix is None and not {"scores", "pattern"} & stages.keys():
         # Nothing looks inside, so the layer's own kernel goes on with what was read or edited.
         mask = None if attention_mask is None else attention_mask[..., :n_keys]
-        return hook.kernel(module, query, key, v, mask, scaling=scaling, dropout=dropout, **kwargs)
+        return hook.kernel(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     scale = scale_of(query, scaling)
     called = {"scaling": scale, "dropout": dropout, **kwargs}
     if hook.hides and hook.has_kernel:
-        return _hidden(hook, (query, key, v), attention_mask, called), None
+        return _hidden(hook, (query, key, value), attention_mask, called), None
     few: _Few | None = None
     if hook.queries is not None and filled in (None, n_keys):
-        few = _few(hook, hook.queries, (query, key, v), attention_mask, called)
+        few = _few(hook, hook.queries, (query, key, value), attention_mask, called)
         query, attention_mask, kwargs = few.query, few.mask, few.kwargs
     narrowed = hook.softmax_dtype is not None and query.dtype == torch.float64  # rounds, so only the same order agrees
     if hook.prefix is not None and not (dropout or narrowed or _IN_ONE & {*stages, *kwargs}):
-        out = merged(hook.prefix, (query, key, v), attention_mask, called, module, hook.softmax_dtype)
+        out = merged(hook.prefix, (query, key, value), attention_mask, called, module, hook.softmax_dtype)
         return out.transpose(1, 2).contiguous(), None
     scores = masked(shaped(products(query, key) * scale, kwargs), attention_mask, kwargs, module)
     if hook.prefix is not None:
@@ -311,7 +292,7 @@ def opened(
     if dropout:
         pattern = nn.functional.dropout(pattern, dropout, module.training)
     split = 0 if hook.prefix is None else n_keys - key.shape[2]
-    out = mixed(pattern[..., split:], v)
+    out = mixed(pattern[..., split:], value)
     if split:  # two products, not one: shared values are there once, and a row's own beside them for each row
         out = mixed(pattern[..., :split], values) + out
     out = out.transpose(1, 2).contiguous()

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..architectures.hook_points import own_code
-from .attention import AttentionHook, Stage, opened
+from .attention import AttentionHook, Stage, attention
 from .attention_steps import demand_a_key
 from .replace import FUNCTIONS
 
@@ -188,7 +188,7 @@ class OwnAttention(AttentionHook):
         said = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
         query, key, v, mask = (said.pop(name, None) for name in ("query", "key", "value", "attn_mask"))
         dropout, scaling = said.pop("dropout_p", 0.0), said.pop("scale", None)
-        out, _ = opened(self, query, key, v, mask, scaling, dropout, **said)
+        out, _ = attention(self.module, query, key, v, mask, scaling, dropout, self, **said)
         return out.transpose(1, 2)
 
 
