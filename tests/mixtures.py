@@ -137,7 +137,7 @@ MIXTURES: dict[str, Mixture] = {
         f"{name}ForConditionalGeneration": replace(mixture, blocks=_INNER)
         for name, mixture in {
             "DeepseekOcr2": _V2, "Dots3Note": _V3, "Glm5Next": _V3, "HYV4VL": _V3, "Inkling2": _INKLING2,
-            "Inkling2Loop": _LOOP, "MistralLarge4": _MISTRAL, "MuseSpark": _MUSE, "Step3p7": _M2, "UnlimitedOcr": replace(_V2, groups=""),
+            "Inkling2Loop": _LOOP, "MistralLarge4": _MISTRAL, "MuseSpark": _MUSE, "Step3p7": replace(_M2, shared=_SHARED, after="routed_scaling_factor"), "UnlimitedOcr": replace(_V2, groups=""),
         }.items()
     },
     "AriaForConditionalGeneration": replace(_ARIA, blocks=_INNER),
@@ -201,7 +201,7 @@ def route(name: str, hf: Any, layer: int, logits: Tensor, shared: Tensor | None 
         choice = _best_groups(choice, len(logits) // config.n_group, config.topk_group, mixture.groups)
     # torch decides between equals: groups that are left out count the same nothing in A.X K2
     best = torch.tensor([choice.get(e, -math.inf) for e in range(len(logits))]).topk(k).indices.tolist()
-    chosen = [e for e in best if e in choice]
+    chosen = [e for e in best if e in left]
     if mixture.score == "top":
         return _scores("softmax", {e: left[e] for e in chosen})
     total = sum(scores[e] for e in chosen) if mixture.normed else 1.0
@@ -238,7 +238,8 @@ def _best_groups(choice: Numbers, size: int, kept: int, count: str) -> Numbers:
     worth = {g: sum(sorted((choice[e] for e in group), reverse=True)[:n]) for g, group in groups.items()}
     best = sorted(worth, key=lambda g: -worth[g])[:kept]
     rest = [e for g in groups if g not in best for e in groups[g]] if "nothing" in count else []
-    return {e: choice[e] for g in best for e in groups[g]} | dict.fromkeys(rest, 0.0)
+    inside = [e for g in best for e in range(g * size, (g + 1) * size)]
+    return {e: choice.get(e, torch.finfo(torch.float32).min) for e in inside} | dict.fromkeys(rest, 0.0)
 
 
 def _slots(logits: Numbers, k: int, jitter: float) -> Numbers:

@@ -234,6 +234,8 @@ class SiteEdit(SiteAccess):
             change = old
         elif self.knockout:  # the probability that was taken away
             change = self.take(softmax(x, sinks_in(state.modules, self.point.module), None))
+        elif self.entry.name == "scores":  # hidden ones may be infinite, and stay so
+            change = torch.where(new == old, 0, new - old)
         else:
             change = new - old
         columns = None if self.bound is None else self.bound.columns
