@@ -104,19 +104,24 @@ def routers() -> list[str]:
     lines += ["self-check only. The largest difference of executed weights to those by hand, over all layers:", ""]
     lines += ["| family | float64 | float32 | bfloat16 | taken out by the self-check |", "|---|---|---|---|---|"]
     for family, mixture in MIXTURES.items():
-        cells = []
+        cells, model = [], None
         for dtype in DTYPES:
-            model = ic.load(testing.tiny(family, dtype=dtype))
+            try:
+                model = ic.load(testing.tiny(family, dtype=dtype))
+            except ic.CapabilityError:  # transformers keeps parts of it in float32
+                cells.append("–")
+                continue
             logits, weights = (ic.sites.named(name) for name in ("router_logits", "router_weights"))
             run = model.run(IDS, read=[site[layer] for site in (logits, weights) for layer in mixture.layers])
             apart = [
                 run[weights[i]].plain.double() - routed_by_hand(family, model.hf, i, run[logits[i]].plain, IDS)
                 for i in mixture.layers
             ]
-            cells.append(max(float(x.abs().max()) for x in apart))
+            cells.append(f"{max(float(x.abs().max()) for x in apart):.0e}")
+        assert model is not None
         gone = dict.fromkeys(name for (name, _), why in model.atlas.withdrawn.items() if "self-check" in why)
         shown = ", ".join(f"`{name}`" for name in gone)
-        lines.append(f"| {family} | " + " | ".join(f"{cell:.0e}" for cell in cells) + f" | {shown or '–'} |")
+        lines.append(f"| {family} | " + " | ".join(cells) + f" | {shown or '–'} |")
     lines += ["", "Families of transformers whose routers have no sites:", ""]
     reasons: dict[str, list[str]] = {}
     for family, why in UNDESCRIBED.items():
