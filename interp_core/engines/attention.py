@@ -280,7 +280,7 @@ def attention(
     if hook.prefix is not None:
         scores, values = joined_scores(hook.prefix, query * scale, scores, kwargs)
         n_keys = scores.shape[-1]
-    unedited, hook.sinks = scores, sinks_of(kwargs)
+    unedited, hook.sinks = scores, sinks_of(kwargs) if "s_aux" in kwargs or "sinks" in kwargs else None
     if "scores" in stages:
         scores = stages["scores"](unedited, n_keys)
         demand_a_key(unedited, scores)

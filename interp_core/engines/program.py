@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures.atlas import Atlas, Entry
-from ..architectures.hook_points import HookPoint
+from ..architectures.hook_points import INSIDE, HookPoint
 from ..errors import CapabilityError, InterpError, PlanError
 from ..indexing import indices
 from ..plan import Plan
@@ -169,12 +169,12 @@ class HookProgram(ABC):
         self._changes = self._add_edits(plan.edits)
         hooks = list(self._hook_at.values())
         self._needed = [hook for hook in hooks if hook.capture]
-        self.hooks = [hook for hook in hooks if not hook.point.inside]
-        self._inside = [hook for hook in hooks if hook.point.inside]
+        self.hooks = [hook for hook in hooks if hook.point.side not in INSIDE]
+        self._inside = [hook for hook in hooks if hook.point.side in INSIDE]
         self.attn_hooks = self._attn_hooks(self._inside)
         self._knockouts = [change for change in self._changes if plan.edits[change.number].op == "knockout"]
         self._rerouting = [change for change in self._changes if plan.edits[change.number].op in ROUTING]
-        self._late = [slot.number for slot in self.slots if slot.late and not slot.point.inside]
+        self._late = [slot.number for slot in self.slots if slot.late and slot.point.side not in INSIDE]
         self.places = engine.places(hook.point.module for hook in hooks)
         self._bound: list[SiteAccess] = [access for access in (*self._changes, *self.slots) if not access.whole]
         self.in_tower = any([access.entry.tower for access in self._bound])  # noqa: C419 (faster)
