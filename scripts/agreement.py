@@ -43,9 +43,9 @@ an edit, in float64 / float32 / bfloat16 (0: bit for bit), and how many of the f
 hold float64 to 1e-9 and float32 to 1e-5. What is missing is refused with its reason, [below](#what-is-refused-and-why).
 """
 FOOT = """
-In float64, differences above 1e-9 come from attention of the bridge's own that computes in float32 whatever the model's
-dtype (GPT-NeoX, Phi-3, GPT-OSS). In bfloat16 two ways of rounding differ at GPT-OSS' attention sites on the bridge (the
-pattern by 4e-3 as read, the logits by more after an edit) and after edits of Mixtral's router logits. `expert_out`,
+In float64, differences above 1e-9 come from parts that compute in float32 whatever the model's dtype: attention of the
+bridge's own (GPT-NeoX, Phi-3, GPT-OSS), GPT-J's rotary embedding, routers. In bfloat16 attention that is written out by
+hand rounds in another order, and after an edit a router may send a token to other experts. `expert_out`,
 `vision_embed` and `deepstack` are held against the model's own output instead
 ([tests/test_moe.py](../tests/test_moe.py), [tests/test_vision.py](../tests/test_vision.py)); gradients and generation
 on every engine are in [tests/test_engines.py](../tests/test_engines.py), and `interp check MODEL` runs all four uses on
