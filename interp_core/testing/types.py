@@ -110,7 +110,7 @@ OWN: dict[str, dict[str, Any]] = {
             **_BY_AXIS["rope_parameters"], "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5,
         },
     },
-    "apertus1p5": {"image_token_offset": 50, "audio_token_offset": 70},
+    "apertus1p5": {"image_token_offset": 32, "audio_token_offset": 64},
     "bamba": {"attn_layer_indices": [1]},
     **dict.fromkeys(("chameleon", "emu3"), _PLACES),
     "cosmos3_edge_text": _BY_AXIS,
