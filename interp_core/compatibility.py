@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ def counts(types: Mapping[str, Mapping[str, Any]], engine: str = "torch") -> lis
         types: a cell for each engine, by model type.
     """
     cells = {name: cell for name, row in types.items() if (cell := row.get(engine)) is not None}
-    words = Counter(cell["word"] for cell in cells.values())
     loaded = {name: cell for name, cell in cells.items() if cell["word"] in ("verified", "partial")}
     served = [sites_of(cell) for cell in loaded.values()]
     heads = sum({"z", "pattern"} <= set(sites) for sites in served)
@@ -52,9 +51,8 @@ def counts(types: Mapping[str, Mapping[str, Any]], engine: str = "torch") -> lis
     wrong = sum(len(cell.get("false", "").split()) for cell in loaded.values())
     classes = {types[name]["class"]: types[name].get("hub", 0) for name in loaded}  # types may share a class
     covered = sum(classes.values())
-    said = ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
     return [
-        f"{len(cells)} model types: {said}; {len(loaded)} load.",
+        f"{len(cells)} model types: {tally(cells.values())}; {len(loaded)} load.",
         f"{heads} have heads and attention patterns, {routers} routers, {mixers} a site for what their mixer adds.",
         f"{wrong} sites are served that are further from hooks written by hand than rounding.",
         f"They are the classes of {covered:,} of the {HUB_MODELS:,} models in TransformerLens' table of the hub.",
@@ -63,9 +61,14 @@ def counts(types: Mapping[str, Mapping[str, Any]], engine: str = "torch") -> lis
 
 def counts_of_images(classes: Mapping[str, Mapping[str, Any]]) -> str:
     """A sentence with the numbers of the classes of images and text."""
-    words = Counter(row["torch"]["word"] for row in classes.values())
-    said = ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
+    said = tally(row["torch"] for row in classes.values())
     return f"{len(classes)} classes of images and text, measured on text alone: {said}."
+
+
+def tally(cells: Iterable[Mapping[str, Any]]) -> str:
+    """How many cells have each word, best first."""
+    words = Counter(cell["word"] for cell in cells)
+    return ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
 
 
 def sites_of(cell: Mapping[str, Any]) -> list[str]:

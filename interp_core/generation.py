@@ -27,7 +27,7 @@ from .drawing import drawing
 from .engines.protocol import PassRecord, Slot
 from .errors import CapabilityError, PlanError, ReadError
 from .foreign import GENERATION, Abroad, Answering
-from .model_inputs import model_inputs, takes_positions
+from .model_inputs import model_inputs
 from .pass_views import GenerationView
 from .positions import LAST, Rows, Span, resolve
 from .readings import Reading, ReadStore
@@ -129,7 +129,7 @@ def _inputs(tokens: Tokens, compiled: CompiledPlan) -> dict[str, Any]:
     inputs = {name: value for name, value in placed.items() if name != "position_ids" or name in tokens.inputs}
     inputs["attention_mask"] = tokens.mask.to(model.device, torch.long)
     first, own = model.first_position, "position_ids" in inputs
-    if not own and (first or (tokens.padded and not takes_positions(model, by_name=True))) and takes_positions(model):
+    if not own and (first or (tokens.padded and not model.told_positions)) and model.takes("position_ids"):
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0) + first
     if compiled.touches("logits") and model.keeps_logits:
         inputs["logits_to_keep"] = 0  # it would compute the prompt's last ones only

@@ -103,8 +103,8 @@ class Model(Answering, Session):
 
     _abroad = Abroad("a Model", MODEL, "model.run(text, read={})", SITES)
     _inner = frozenset(
-        ("atlas", "engine", "fit", "fresh", "input", "keeps_logits", "program", "renew", "reopen", "sample", "snapshot",
-         "strategy_checks", "turn")
+        ("atlas", "engine", "first_position", "fit", "fresh", "input", "keeps_logits", "program", "renew", "reopen",
+         "sample", "snapshot", "steps_wrong", "strategy_checks", "takes", "told_positions", "turn", "without_cache")
     )  # fmt: skip
 
     def __init__(

@@ -46,7 +46,7 @@ def model_inputs(model: Session, tokens: Tokens, *, cache: bool = False) -> dict
         inputs["attention_mask"] = mask
     # With images of any size the model works positions out of their grids by itself, from ids and mask.
     by_grids = any(name.endswith("_grid_thw") for name in extras)
-    if padded and not by_grids and takes_positions(model):
+    if padded and not by_grids and model.takes("position_ids"):
         inputs["position_ids"] = (_from_first(mask) + model.first_position)[:, -width:]
     for name, value in extras.items():
         inputs[name] = value.to(device) if isinstance(value, Tensor) else value
@@ -79,16 +79,6 @@ def _check_padding(atlas: Atlas, tokens: Tokens) -> None:
                 f"a row that is padded on the {side} gets other numbers in this {atlas.family.name} than alone "
                 f"({why}): run rows one by one (for row in tokens){free}"
             )
-
-
-def takes_positions(model: Session, *, by_name: bool = False) -> bool:
-    """Whether a model can be told positions.
-
-    Args:
-        by_name: a forward that only hands on what it does not know counts as one that cannot.
-    """
-    takes = inspect.signature(type(model.hf).forward).parameters
-    return "position_ids" in takes or (not by_name and any(item.kind is item.VAR_KEYWORD for item in takes.values()))
 
 
 def cache_name(hf: Any) -> str:

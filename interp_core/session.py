@@ -81,12 +81,8 @@ class Session(Structure):
         self.turn.demand_idle(dict(self.hf.named_modules()))
         self.weightless = is_remote(options) and all(weight.is_meta for weight in self.hf.parameters())
         demand_usable(self.hf, weightless=self.weightless)
-        for name in (
-            "heads",
-            "keeps_logits",
-            "first_position",
-            "without_cache",
-        ):  # cached properties, of the model as it was
+        # cached properties, of the model as it was
+        for name in ("heads", "keeps_logits", "told_positions", "without_cache", "first_position"):
             vars(self).pop(name, None)
         self.atlas: Atlas = atlas_of(self.hf)
         self._embedding = self.hf.get_input_embeddings()
@@ -129,14 +125,26 @@ class Session(Structure):
     @cached_property
     def keeps_logits(self) -> bool:
         """Whether its forward pass can leave out logits that nobody asked for."""
-        return "logits_to_keep" in inspect.signature(type(self.hf).forward).parameters
+        return self.takes("logits_to_keep", by_name=True)
+
+    @cached_property
+    def told_positions(self) -> bool:
+        """Whether its forward pass names positions among what it takes."""
+        return self.takes("position_ids", by_name=True)
+
+    def takes(self, argument: str, *, by_name: bool = False) -> bool:
+        """Whether the model's forward pass can be handed an argument.
+
+        Args:
+            by_name: a forward that only hands on what it does not know counts as one that cannot.
+        """
+        known = inspect.signature(type(self.hf).forward).parameters
+        return argument in known or (not by_name and any(each.kind is each.VAR_KEYWORD for each in known.values()))
 
     @cached_property
     def without_cache(self) -> dict[str, bool]:
         """What a pass that keeps no keys and values is called with; a user's own class may take nothing of the kind."""
-        takes = inspect.signature(type(self.hf).forward).parameters
-        known = "use_cache" in takes or any(each.kind is each.VAR_KEYWORD for each in takes.values())
-        return {"use_cache": False} if known else {}
+        return {"use_cache": False} if self.takes("use_cache") else {}
 
     @cached_property
     def first_position(self) -> int:

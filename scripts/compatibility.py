@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from interp_core.compatibility import ENGINES, FILE, WORDS, counts, counts_of_images, sites_of  # noqa: E402
+from interp_core.compatibility import ENGINES, FILE, WORDS, counts, counts_of_images, sites_of, tally  # noqa: E402
 from interp_core.files import write  # noqa: E402
 from interp_core.testing.types import types, visual  # noqa: E402
 
@@ -119,8 +119,7 @@ def page(known: dict[str, Any]) -> str:
     lines = [HEAD.format(versions=versions).rstrip(), ""]
     lines += [f"- {sentence}" for sentence in counts(types)]
     for engine in ENGINES[1:]:
-        words = Counter(row[engine]["word"] for row in types.values())
-        lines.append(f"- On engine `{engine}`: {', '.join(f'{words[word]} {word}' for word in WORDS if words[word])}.")
+        lines.append(f"- On engine `{engine}`: {tally(row[engine] for row in types.values())}.")
     if lowest := known.get("lowest"):
         lines.append(
             f"- With transformers {lowest['transformers']}, the lowest that is supported: {' '.join(lowest['counts'])}"

@@ -88,11 +88,8 @@ class Entry:
         self.n_units = None if unit is None else sizes[unit]
         self.why, self.module, self.view = why or {}, module, None if read is None else read.view
         info = SITES[name]
-        self.visual, self.tower, self.wide = (
-            info.visual,
-            info.tower,
-            name.startswith("router") or (read is not None and read.side == "own"),
-        )
+        self.visual, self.tower = info.visual, info.tower
+        self.wide = name.startswith("router") or (read is not None and read.side == "own")
         self.overwritten, self.order = False, info.order
 
 

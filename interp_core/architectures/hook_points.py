@@ -415,6 +415,11 @@ def attending(path: str, attention: nn.Module) -> str:
     return inside[0] if inside[:1] == [path] or len(inside) == 1 else ""
 
 
+def first_argument(module: nn.Module) -> str:
+    """What a module's forward calls its first argument."""
+    return list(inspect.signature(type(module).forward).parameters)[1]
+
+
 def own_code(kind: type) -> Iterator[CodeType]:
     """The code of a module class's own methods, and those that it inherits from other models' classes."""
     for base in kind.__mro__:

@@ -22,7 +22,7 @@ from ..errors import InterpError, ReadError, first_line
 from ..plan import Plan
 from ..run import CompiledPlan, Run
 from ..session import Session
-from ..sites import VISION_, Site
+from ..sites import VISION_, Edit, Site
 
 ROUNDING = 16
 """How many roundings of its terms a sum may be off."""
@@ -157,7 +157,7 @@ def _held(model: Session, run: Run, what: str, alike: list[Sum], edited: Sequenc
             for total in alike
         ]
     failed = tuple(total.layer for total, (ok, _, _) in zip(alike, checked, strict=True) if not ok)
-    worst = max((off for _, off, _ in checked), key=lambda x: (x != x, x))  # NaN is the worst
+    worst = _worst(off for _, off, _ in checked)
     first, *others = alike[0].defined
     note = ""
     if not failed and any(joined for _, _, joined in checked):
@@ -181,8 +181,13 @@ def _summed(model: Session, run: Run, alike: list[Sum]) -> tuple[Run, list[int]]
             changed.append(layer)
     edits = run._compiled.edits
     sites = tuple(dict.fromkeys(Site(name, total.layer) for total in alike for name in total.names))
-    plan = CompiledPlan(model, model.engine.compile(Plan.of(sites, edits), inside), sites, edits)
-    return plan.run(run.tokens, logits=-1, allow_noop=True), changed
+    return _read_by(model, inside, run, sites, edits), changed
+
+
+def _read_by(model: Session, atlas: Atlas, run: Run, sites: tuple[Site, ...], edits: tuple[Edit, ...] = ()) -> Run:
+    """A pass over a run's tokens that reads sites where another atlas has them."""
+    plan = CompiledPlan(model, model.engine.compile(Plan.of(sites, edits), atlas), sites, edits)
+    return plan.run(run.tokens, logits=-1, allow_noop=True)
 
 
 def _adds_up(
@@ -346,8 +351,13 @@ def _readout(model: Session, run: Run, last: Tensor) -> Iterator[Finding]:
         yield _close(model, "final_norm", "is the norm of the last stream", [(normed, at(run, "final_norm", 0))])
 
 
+def _worst(distances: Iterable[float]) -> float:
+    """The largest distance; NaN is the worst."""
+    return max(distances, key=lambda x: (x != x, x))
+
+
 def _close(model: Session, name: str, what: str, pairs: list[tuple[Tensor, Tensor]]) -> Finding:
-    worst = max((distance(a, b) for a, b in pairs), key=lambda x: (x != x, x))  # NaN is the worst
+    worst = _worst(distance(a, b) for a, b in pairs)
     return Finding(name, what, worst <= tolerance(model), f"{worst:.1e}")
 
 
@@ -382,7 +392,7 @@ def _handed(model: Session, run: Run, layers: list[int]) -> Finding:
     sites = tuple(Site("v", layer) for layer in layers)
     what = "is what attention mixes"
     try:
-        handed = CompiledPlan(model, model.engine.compile(Plan.of(sites, ()), inside), sites, ()).run(run.tokens)
+        handed = _read_by(model, inside, run, sites)
         return _close(model, "v", what, [(at(run, "v", i), at(handed, "v", i)) for i in layers])
     except (InterpError, RuntimeError) as error:
         return Finding("v", what, False, first_line(error))

@@ -50,10 +50,13 @@ def run_again(atlas: Atlas, often: Mapping[int, int]) -> Iterator[Finding]:
             yield Finding(name, "passes once", False, detail, Law.VALUE, layers=again)
 
 
-def passing_once(entries: list[Entry], edited: Run) -> Iterator[Finding]:
+def passing_once(entries: list[Entry], edited: Run, shared: set[str]) -> Iterator[Finding]:
     """Modules that run several times in a pass, for layers that share them: a read shows one of them, an edit is made
-    in all."""
-    shared = shared_modules(edited.model)
+    in all.
+
+    Args:
+        shared: see `shared_modules`.
+    """
     for entry, receipt in zip(entries, edited.receipts, strict=True):
         if receipt.fired < 2:
             continue

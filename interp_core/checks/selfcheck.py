@@ -295,17 +295,18 @@ def _routers(model: Session, tokens: Tokens) -> Iterator[Finding]:
 
 def _effects(model: Session, run: Run, ids: Tensor, totals: list[Sum]) -> Iterator[Finding]:
     """One row per kind of site and end of the model, each with one edit; row 0 has none."""
-    entries = _checked_entries(model)
+    shared = shared_modules(model)
+    entries = _checked_entries(model.atlas, shared)
     try:
         edited = _edited(model, run, ids, entries, totals)
     except UNFIT:
         yield from _uneditable(model, run, ids, entries)
-        entries = _checked_entries(model)
+        entries = _checked_entries(model.atlas, shared)
         edited = _edited(model, run, ids, entries, totals)
     layers = {entry.layer for entry in entries}
     seen = [total for total in totals if total.layer in layers]
     yield from [
-        *passing_once(entries, edited),
+        *passing_once(entries, edited, shared),
         *add_up(model, edited, seen, entries),
         *_added(model, edited, seen, entries),
     ]
@@ -342,9 +343,8 @@ def _uneditable(model: Session, run: Run, ids: Tensor, entries: list[Entry]) -> 
             yield Finding(entry.name, f"can be edited in layer {entry.layer}", False, first_line(error), Law.EDIT)
 
 
-def _checked_entries(model: Session) -> list[Entry]:
+def _checked_entries(atlas: Atlas, shared: set[str]) -> list[Entry]:
     """Every kind of site in its first and last layer, and where it lies at a module that hangs in several layers."""
-    atlas, shared = model.atlas, shared_modules(model)
 
     def layers(name: str) -> set[int]:
         points = [(layer, atlas.entries[name, layer].write) for layer in atlas.layers(name)]

@@ -26,7 +26,6 @@ It costs a Python call for each operation of an opened layer, and nothing in oth
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -37,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..architectures.hook_points import own_code
+from ..architectures.hook_points import first_argument, own_code
 from .attention import AttentionHook, Stage, attention
 from .attention_steps import demand_a_key
 from .replace import FUNCTIONS
@@ -54,10 +53,11 @@ class OwnAttention(AttentionHook):
     Attributes:
         code: of the methods of the module's class.
         batch: rows of the call that is going on.
+        reads: name of the module's first argument.
         products, softmaxes: how many of each it has come by.
     """
 
-    __slots__ = ("batch", "code", "former", "kv_heads", "products", "softmaxes")
+    __slots__ = ("batch", "code", "former", "kv_heads", "products", "reads", "softmaxes")
 
     def __init__(self, module: nn.Module, stages: Mapping[str, Stage], kv_heads: int) -> None:
         self.module, self.keep, self.kv_heads = module, False, kv_heads
@@ -71,6 +71,7 @@ class OwnAttention(AttentionHook):
         self.kernel = _kernel if named and implementation == "sdpa" else None
         self.batch = self.products = self.softmaxes = 0
         self.former: Any = _NOT_REPLACED
+        self.reads = first_argument(module)
 
     def install(self) -> None:
         """See `AttentionHook.install`."""
@@ -87,8 +88,7 @@ class OwnAttention(AttentionHook):
             self.former = _NOT_REPLACED
 
     def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        name = list(inspect.signature(type(self.module).forward).parameters)[1]
-        self.batch = len(args[0] if args else kwargs[name])
+        self.batch = len(args[0] if args else kwargs[self.reads])
         self.products = self.softmaxes = 0
         with _Watch(self):
             return forward(*args, **kwargs)

@@ -24,14 +24,13 @@ attention hook calls `stage` with its tensors there.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..architectures.hook_points import KEYED, Call, HookPoint
+from ..architectures.hook_points import KEYED, Call, HookPoint, first_argument
 from ..errors import CapabilityError
 from .pass_state import PassState
 from .protocol import Change
@@ -154,7 +153,7 @@ class ModuleHook:
     def name(self) -> str:
         """The argument that passes, for models that pass it by name: the hook point's, or the module's first."""
         if not self._name:
-            self._name = self.point.part or list(inspect.signature(type(self.module).forward).parameters)[1]
+            self._name = self.point.part or first_argument(self.module)
         return self._name
 
     def _handed(self, kwargs: dict[str, Any]) -> Tensor:

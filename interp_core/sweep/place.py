@@ -31,7 +31,6 @@ from ..engines.program import forward_order
 from ..engines.tower import Tower
 from ..errors import CapabilityError, PlanError
 from ..inputs import undivided
-from ..model_inputs import takes_positions
 from ..positions import ALL, Position, is_single, resolve
 from ..score import Score, SiteScore
 from ..session import Session
@@ -287,7 +286,7 @@ class Placer:
         if strategy in ("batched", "prefix"):  # all layers, but those that begin before the first block stay so
             layer = min(layer, 0)
         start = 0 if strategy in WHOLE else min(start, *self.scored[row])
-        if layer < 0 and not takes_positions(self.session, by_name=True):
+        if layer < 0 and not self.session.told_positions:
             start = 0  # what embeds columns without being told which they are, embeds all of them
         if "token_type_ids" in self.tokens.inputs:  # an image sees itself both ways
             start = next((run.start for run in image_spans(self.tokens, row) if run.start <= start < run.stop), start)
