@@ -174,7 +174,12 @@ BIASES: dict[str, Callable[[Any], float | Tensor]] = {
     "gpt_neox_japanese": lambda block: 0.0 if block.attention.dense_bias is None else block.attention.dense_bias,
 }
 """What a block adds to what attention gives."""
+OTHERWISE: dict[str, Callable[[Any], dict[str, str]]] = {
+    "opt": lambda config: {} if config.do_layer_norm_before else {"mid_out": "self_attn_layer_norm"},
+}
+"""What lies elsewhere in models with some configs."""
 KEPT: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "bloom": lambda block, x: block.input_layernorm(x) if block.apply_residual_connection_post_layernorm else x,
     "beam": lambda block, x: x * math.sqrt(1 - 1 / block.attn_residual_add_idx),
     "doge": lambda block, x: block.input_residual * x,
     **dict.fromkeys(INKLING2, lambda block, x: x * (not block.is_block_boundary)),

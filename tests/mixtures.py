@@ -27,7 +27,7 @@ class Mixture:
         score: what logits are turned into.
         bias: of the block, what is added to scores for the choice.
         groups: how a group's scores count, where the best groups are chosen first.
-        normed: whether chosen scores are divided by their sum.
+        normed: whether chosen scores are divided by their sum; None: as the config says.
         scale: of the config, the factor on weights.
         k: of the config, how many experts a token has.
         shared: modules whose outputs are added to the experts'.
@@ -40,7 +40,7 @@ class Mixture:
     score: str = "softmax"
     bias: str = ""
     groups: str = ""
-    normed: bool = True
+    normed: bool | None = None
     scale: str = ""
     k: str = "num_experts_per_tok"
     shared: tuple[str, ...] = ()
@@ -96,10 +96,10 @@ MIXTURES: dict[str, Mixture] = {
         scale="routed_scaling_factor",
     ),
     "afmoe": Mixture("mlp.router", score="sigmoid", bias="mlp.expert_bias", scale="route_scale", shared=_SHARED),
-    "flex_olmo": Mixture(layers=_ALL, normed=False),
+    "flex_olmo": Mixture(layers=_ALL),
     "mistral4": _MISTRAL,
     "deepseek_v4": Mixture(
-        score="sqrtsoftplus", bias="mlp.gate.e_score_correction_bias", scale="routed_scaling_factor", shared=_SHARED
+        score="sqrtsoftplus", normed=True, bias="mlp.gate.e_score_correction_bias", scale="routed_scaling_factor", shared=_SHARED
     ),
     "longcat_flash": Mixture(
         "mlp.router", layers=_ALL, bias="mlp.router.e_score_correction_bias", normed=False, scale="routed_scaling_factor",
@@ -120,7 +120,7 @@ MIXTURES: dict[str, Mixture] = {
     "hy_v3": Mixture(score="sigmoid", bias="mlp.e_score_correction_bias", scale="router_scaling_factor", shared=_SHARED),
     "cohere2_moe": Mixture(layers=_ALL, score="sigmoid", shared=_SHARED),
     "kolibri1": Mixture(layers=_ALL, score="sigmoid of the biased", bias="mlp.gate.e_score_correction_bias", shared=_SHARED),
-    "laguna": Mixture(score="sigmoid", bias="mlp.gate.e_score_correction_bias", shared=_SHARED),
+    "laguna": replace(_M3),
     "glm4v_moe": replace(_V3, blocks="model.language_model.layers"),
     "qwen3_omni_moe_thinker": Mixture(layers=_ALL, blocks="model.language_model.layers"),
     "granitemoe_swa": replace(_GRANITE, shared=()),
@@ -195,7 +195,8 @@ def route(name: str, hf: Any, layer: int, logits: Tensor, shared: Tensor | None 
     if mixture.score == "slots":
         return _slots(left, k, config.router_jitter_noise)
     scores = _scores(mixture.score, left)
-    bias = _attribute(block, mixture.bias).flatten().tolist() if mixture.bias else [0.0] * len(logits)
+    biased = mixture.bias and getattr(config, "use_expert_bias", True)
+    bias = _attribute(block, mixture.bias).flatten().tolist() if biased else [0.0] * len(logits)
     choice = {e: score + bias[e] for e, score in (left if mixture.score == "sigmoid of the biased" else scores).items()}
     if mixture.groups and config.n_group:
         choice = _best_groups(choice, len(logits) // config.n_group, config.topk_group, mixture.groups)
@@ -204,7 +205,9 @@ def route(name: str, hf: Any, layer: int, logits: Tensor, shared: Tensor | None 
     chosen = [e for e in best if e in left]
     if mixture.score == "top":
         return _scores("softmax", {e: left[e] for e in chosen})
-    total = sum(scores[e] for e in chosen) if mixture.normed else 1.0
+    says = [getattr(config, word) for word in ("norm_topk_prob", "moe_renormalize") if hasattr(config, word)]
+    normed = all(says) if mixture.normed is None else mixture.normed
+    total = sum(scores[e] for e in chosen) if normed else 1.0
     if shared is not None:
         total += sum(_scores("sigmoid", dict(enumerate(shared.tolist()))).values())
     scale = getattr(config, mixture.scale) if mixture.scale else 1.0

@@ -21,12 +21,15 @@ Change = Callable[[Tensor], Tensor]
 BART = ("mvp", "trocr", "xglm")
 BERT = ("big_bird", "git", "GitForCausalLM", "megatron-bert", "rembert", "roformer")
 FUSED = ("bloom", "falcon", "gpt_neox_japanese", "mpt", "openai-gpt")
+UPCAST = ("gpt2", "gpt-sw3")
+"""Families that do so where the config says it (`reorder_and_upcast_attn`)."""
 OWN = (*BART, *BERT, *FUSED, "gpt_neo", "gptj")
-NARROW = ("gpt_neo", "gptj")
+NARROW = ("gpt_neo", "gptj", *UPCAST)
 """Products of queries and keys are taken in float32."""
-_QKV = {"mpt": "Wqkv", "openai-gpt": "c_attn"}
+_QKV = {"mpt": "Wqkv", **dict.fromkeys(("openai-gpt", *UPCAST), "c_attn")}
 _OUT = {
-    "bloom": "dense", "falcon": "dense", "gpt_neox_japanese": "dense", "mpt": "out_proj", "openai-gpt": "c_proj"
+    "bloom": "dense", "falcon": "dense", "gpt_neox_japanese": "dense", "mpt": "out_proj", "openai-gpt": "c_proj",
+    **dict.fromkeys(UPCAST, "c_proj"),
 }  # fmt: skip
 
 
@@ -41,11 +44,14 @@ def by_hand(reference: Any, layer: int, part: str, fn: Change) -> Iterator[None]
         hidden = args[0] if args else kwargs["hidden_states"]
         q, k, v = projected(reference, module, hidden)
         q, k = rotated(family, reference.hf.config, q), rotated(family, reference.hf.config, k)
+        v = rotated(family, reference.hf.config, v) if getattr(reference.hf.config, "rotary_value", False) else v
         q = fn(q) if part == "rot_q" else q
         k = fn(k) if part == "rot_k" else k
         groups = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-        scale = 1.0 if family == "gpt_neo" else q.shape[-1] ** -0.5
+        config = reference.hf.config
+        scale = q.shape[-1] ** -0.5 if family != "gpt_neo" and getattr(config, "scale_attn_weights", True) else 1.0
+        scale /= layer + 1 if getattr(config, "scale_attn_by_inverse_layer_idx", False) else 1
         if family in NARROW:
             q, k = q.float(), k.float()
         scores = q.transpose(1, 2) @ k.transpose(1, 2).mT * scale + bias(reference, *q.shape[1:3]).to(q.dtype)
@@ -74,7 +80,7 @@ def by_hand(reference: Any, layer: int, part: str, fn: Change) -> Iterator[None]
 def projected(reference: Any, module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values `[batch pos head d_head]`."""
     family = reference.family
-    if family in FUSED:
+    if family in (*FUSED, *UPCAST):
         fused = module.get_submodule(_QKV.get(family, "query_key_value"))(hidden)
         q, k, v = (reference.split(fused, part) for part in "qkv")
         return q, k, v

@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from hybrid_layouts import ADDED, BESIDE, BIASES, CALLED_ALIKE, FACTORS, KEPT, STATES
+from hybrid_layouts import ADDED, BESIDE, BIASES, CALLED_ALIKE, FACTORS, KEPT, OTHERWISE, STATES
 from layouts import OWN_ATTENTION
-from own_attention import OWN, by_hand
+from own_attention import OWN, UPCAST, by_hand
 from routed import route
 from torch import Tensor, nn
 from type_layouts import (
@@ -47,6 +47,8 @@ class Reference:
         self.hf, self.layout = hf, LAYOUT[family]
         family = self.family = AROUND.get(family, (family, ""))[0]
         self.kin = KIN.get(family, family)
+        if family in OTHERWISE:
+            self.layout = self.layout | OTHERWISE[family](hf.config)
         self.n_layers = len(hf.get_submodule(self.layout["blocks"]))
         self.at(0)
         self.scale = SCALES[family](hf.config.get_text_config()) if family in SCALES else 1.0
@@ -58,11 +60,13 @@ class Reference:
             config = config.per_layer_config[layer]
         settings = config.to_dict()
         self.n_heads = getattr(config, "num_attention_heads", 1)  # Mamba has none
-        self.n_kv = 1 if settings.get("multi_query") else settings.get("num_key_value_heads") or self.n_heads
+        named = {True: 1, False: self.n_heads, None: settings.get("num_key_value_heads")}
+        self.n_kv = named[settings.get("multi_query")] or self.n_heads
         if settings.get("new_decoder_architecture"):
             self.n_kv = settings["num_kv_heads"]
         said = settings.get("v_head_dim") or settings.get("head_dim") or settings.get("attention_head_dim")
         self.d_head = said or config.hidden_size // self.n_heads
+        self.side_by_side = self.family in PER_HEAD or settings.get("multi_query") is False
         self.d_key = settings["head_dim"] if self.family == "mimo_v2_flash" else self.d_head
 
     # Where things are
@@ -75,7 +79,10 @@ class Reference:
             names += ["router_logits", "router_weights"]
         names += ["mixer_in", "mixer_out", *(["mixer_gate"] if self.family in GATES else [])]
         names += ["ssm_state"] if self.family in STATES else []
-        return [name for name in names if name not in LACKS.get(self.family, ())]
+        settings = self.hf.config.get_text_config().to_dict()
+        serial = {settings.get("use_parallel_residual"), settings.get("parallel_attn")} <= {False, None}
+        there = {"resid_mid"} if serial and self.family in ("falcon", "gpt_neox") else set()
+        return [name for name in names if name in there or name not in LACKS.get(self.family, ())]
 
     def layers(self, site: str) -> list[int]:
         """Layers that have the site."""
@@ -144,7 +151,7 @@ class Reference:
                 .split([self.n_heads // self.n_kv, 1, 1], 3)[index]
                 .flatten(2, 3)
             )
-        if self.family in PER_HEAD:
+        if self.side_by_side:
             return x.reshape(b, s, self.n_heads, 3, self.d_head)[:, :, :, index]
         sizes = [self.n_heads * self.d_head, self.n_kv * self.d_head, self.n_kv * self.d_head]
         return x.split(sizes, -1)[index].reshape(b, s, -1, self.d_head)
@@ -168,7 +175,7 @@ class Reference:
             return torch.stack([parts[name].reshape(b, s, 4, -1) for name in "qvk"], 3).reshape(x.shape)
         if self.family == "falcon":
             return torch.cat([parts[name].unflatten(2, (self.n_kv, -1)) for name in "qkv"], 3).reshape(x.shape)
-        if self.family in PER_HEAD:
+        if self.side_by_side:
             return torch.stack([parts[name] for name in "qkv"], 3).reshape(x.shape)
         return torch.cat([parts[name].flatten(2) for name in "qkv"], -1)
 
@@ -185,7 +192,8 @@ class Reference:
         heads = (self.n_heads, self.d_head)
         if site == "v" and self.family in MIXED_VALUES:
             return self._attention(layer, site, fn)
-        if site in ATTENTION and self.family in OWN and (self.family != "gptj" or "gptj" in OWN_ATTENTION):
+        own = self.family in OWN and (self.family != "gptj" or "gptj" in OWN_ATTENTION)
+        if site in ATTENTION and (own or (self.family in UPCAST and self.hf.config.reorder_and_upcast_attn)):
             return by_hand(self, layer, site, fn)
         if site in ATTENTION:
             return self._attention(layer, site, fn)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-UNNORMED = ("qwen2_moe", "olmoe")
 TOP_K_FIRST = ("gpt_oss", "granitemoe")
 GROUPED = ("deepseek_v3", "glm4_moe")
 
@@ -23,7 +22,8 @@ def _token(family: str, config: Any, module: Any, logits: Tensor, scores: Tensor
     weights = torch.zeros_like(logits)
     if family in GROUPED:
         chosen = _by_groups(config, module.e_score_correction_bias, logits, k)
-        weights[chosen] = scores[chosen] / (scores[chosen].sum() + 1e-20) * config.routed_scaling_factor
+        total = _total(family, config, scores[chosen]) + 1e-20
+        weights[chosen] = scores[chosen] / total * config.routed_scaling_factor
         return weights
     chosen = sorted(range(len(logits)), key=lambda e: -float(logits[e]))[:k]
     if family == "llama4":
@@ -32,9 +32,13 @@ def _token(family: str, config: Any, module: Any, logits: Tensor, scores: Tensor
         weights[chosen] = logits[chosen].softmax(0)
     else:
         shares = logits.float().softmax(0)
-        total = 1 if family in UNNORMED else shares[chosen].sum()
-        weights[chosen] = (shares[chosen] / total).to(logits.dtype)
+        weights[chosen] = (shares[chosen] / _total(family, config, shares[chosen])).to(logits.dtype)
     return weights
+
+
+def _total(family: str, config: Any, weights: Tensor) -> Tensor | int:
+    """What the weights of a token are divided by."""
+    return weights.sum() if family == "qwen3_5_moe" or getattr(config, "norm_topk_prob", True) else 1
 
 
 def _by_groups(config: Any, bias: Tensor, logits: Tensor, k: int) -> list[int]:
@@ -95,12 +99,12 @@ def _weighed(family: str, config: Any, logits: Tensor, chosen: list[int]) -> Ten
     weights = torch.zeros_like(logits)
     if family in GROUPED:
         scores = torch.sigmoid(logits[chosen])
-        weights[chosen] = scores / (scores.sum() + 1e-20) * config.routed_scaling_factor
+        weights[chosen] = scores / (_total(family, config, scores) + 1e-20) * config.routed_scaling_factor
     elif family == "llama4":
         weights[chosen] = torch.sigmoid(logits[chosen].float()).to(logits.dtype)
     elif family in TOP_K_FIRST:
         weights[chosen] = logits[chosen].softmax(0)
     else:
         shares = logits.float().softmax(0)
-        weights[chosen] = (shares[chosen] / (1 if family in UNNORMED else shares[chosen].sum())).to(logits.dtype)
+        weights[chosen] = (shares[chosen] / _total(family, config, shares[chosen])).to(logits.dtype)
     return weights

@@ -116,7 +116,7 @@ def test_granite_without_experts() -> None:
 def test_opt_that_norms_the_stream_itself(ids: torch.Tensor) -> None:
     """OPT-350m: the stream goes on normed after attention and after the MLP."""
     model = ic.load(ic.testing.tiny("opt", do_layer_norm_before=False))
-    with pytest.raises(ic.CapabilityError, match="not known where opt keeps final_norm"):
+    with pytest.raises(ic.CapabilityError, match="the last block norms the stream itself"):
         model.run(ids, read=S.final_norm)
     read = [S.resid_pre[1], S.attn_out[1], S.resid_mid[1], S.mlp_in[1], S.mlp_act[1], S.mlp_out[1], S.resid_post[1]]
     run = model.run(ids, read=read)
@@ -128,8 +128,27 @@ def test_opt_that_norms_the_stream_itself(ids: torch.Tensor) -> None:
         close(block.fc2(run[S.mlp_act[1]].as_subclass(torch.Tensor)), run[S.mlp_out[1]], 1e-5)
         summed = (run[S.mlp_in[1]] + run[S.mlp_out[1]]).as_subclass(torch.Tensor)
         close(block.final_layer_norm(summed), run[S.resid_post[1]], 1e-5)
-    with pytest.raises(ic.CapabilityError, match="this opt has no final norm that is known here"):
+    run = model.run(ids, read=S.resid_post[-1])
+    close(model.readout(run[S.resid_post[-1]]), run.logits, 1e-5)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_opt_with_narrow_embeddings(before: bool, ids: torch.Tensor) -> None:
+    """As OPT-350m has them: what is as wide as the stream is served, and no site dies of another."""
+    model = ic.load(ic.testing.tiny("opt", do_layer_norm_before=before, word_embed_proj_dim=32))
+    run = model.run(ids, read=S.resid_pre[0], edits=S.z[1].zero())
+    assert run[S.resid_pre[0]].shape[-1] == 64 and run.logits.shape[-1] == 96
+    with pytest.raises(ic.CapabilityError, match="embeddings are narrower than the stream, and project_in widens them"):
+        model.run(ids, read=S.embed)
+    with pytest.raises(ic.CapabilityError, match="reads a narrower stream, which project_out makes of it"):
         model.readout(torch.zeros(1, 64))
+
+
+def test_a_readout_that_cannot_be_computed_is_withdrawn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is any other equation: a load does not die of it."""
+    monkeypatch.setattr("interp_core.architectures.opt._NARROW", {})
+    model = ic.load(ic.testing.tiny("opt", word_embed_proj_dim=32))
+    assert {"embed", "readout"} <= model.atlas.lacking.keys() and {"z", "pattern", "resid_post"} <= {*model.sites}
 
 
 def test_flattened_modules_keep_rows_apart(ids: torch.Tensor) -> None:

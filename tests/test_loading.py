@@ -14,6 +14,7 @@ import interp_core as ic
 from interp_core import real
 from interp_core import sites as S
 from interp_core.loading import open_tokenizer
+from interp_core.testing.types import build
 
 STORIES = DATA / "stories260K"
 
@@ -43,6 +44,9 @@ def test_a_model_in_memory() -> None:
         ic.load(ic.testing.tiny("llama").train())
     with pytest.raises(ic.LoadError, match="has no output embeddings; pass the model with its language modelling head"):
         ic.load(hf.model)
+    says = r"gives prediction_logits and seq_relationship_logits, and no logits .* BertLMHeadModel or BertForMaskedLM"
+    with pytest.raises(ic.LoadError, match=says):
+        ic.load(build("BertForPreTraining", {}).eval(), check=False)
     with pytest.raises(ic.LoadError, match="is no Hugging Face transformers model"):
         ic.load(torch.nn.Linear(2, 2))
     for options in ({"dtype": torch.float64}, {"device": "cpu"}, {"attn_implementation": "eager"}):

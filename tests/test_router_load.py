@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -19,7 +19,6 @@ from interp_plugins.router.outputs import SuperExperts, super_experts, warn_supe
 from interp_plugins.router.points import Point, Points, Shape
 from interp_plugins.router.reading import read, usage_of
 from interp_plugins.router.routed import Routed, entropy, margin, top1_share, z_loss
-from interp_plugins.router.shared import shared_of
 from interp_plugins.router.specialisation import Vocabulary, domain_shares, domains
 from moe_golden import expected, routing
 
@@ -283,61 +282,6 @@ def test_outputs_apart_from_weights_that_scale_the_input_are_refused_before_the_
     ):
         outputs.outputs_of(of, [_padded()])
     assert not calls
-
-
-@pytest.mark.parametrize(
-    ("family", "path", "gate"),
-    [
-        ("qwen2_moe", "mlp.shared_expert", "mlp.shared_expert_gate"),
-        ("deepseek_v3", "mlp.shared_experts", ""),
-        ("llama4", "feed_forward.shared_expert", ""),
-    ],
-)
-def test_shared_experts_are_those_of_their_module(family: str, path: str, gate: str) -> None:
-    """Norms and gates are those of the modules; padding counts for nothing, and batches are summed."""
-    of = ic.load(testing.tiny(family, dtype=torch.float64), check=False)
-    tokens = _padded()
-    made = shared_of(of, (ic.Tokens.stack([row]) for row in tokens)).table()
-    again = shared_of(of, [tokens]).table()
-    assert [row["layer"] for row in made] == of.layers(S.router_logits) and made[0]["tokens"] == 23
-    for row, whole in zip(made, again, strict=True):
-        assert row == pytest.approx(whole, rel=1e-5)
-        block = of.module("block", row["layer"])
-        parts = {"shared": block.get_submodule(path)} | ({"gate": block.get_submodule(gate)} if gate else {})
-        kept = _put_out(of, tokens, parts | {"block": of.module("mlp", row["layer"])})
-        shape = (*tokens.ids.shape, -1)
-        shared, out = kept["shared"].view(shape)[tokens.mask], kept["block"].view(shape)[tokens.mask]
-        if gate:
-            opened = kept["gate"].view(shape)[tokens.mask].sigmoid()
-            assert row["gate"] == pytest.approx(float(opened.mean()), rel=1e-6)
-            shared = shared * opened
-        wanted = {
-            "share": (shared.norm(dim=-1) / out.norm(dim=-1)).mean(), "shared_norm": shared.norm(dim=-1).mean(),
-            "along": ((shared * out).sum(-1) / out.square().sum(-1)).mean(), "block_norm": out.norm(dim=-1).mean(),
-        }  # fmt: skip
-        for name, value in wanted.items():
-            assert row[name] == pytest.approx(float(value), rel=1e-5), name
-        assert ("gate" in row) == bool(gate)
-
-
-def _put_out(of: ic.Model, tokens: ic.Tokens, modules: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
-    """What modules return in a run, by name."""
-    kept: dict[str, torch.Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda _, __, out: kept.update({name: (out[0] if isinstance(out, tuple) else out).detach().clone()})
-
-    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    of.run(tokens, logits=-1)
-    for hook in hooks:
-        hook.remove()
-    return kept
-
-
-def test_models_without_shared_experts_are_refused() -> None:
-    for family in ("qwen3_moe", "gpt_oss"):
-        with pytest.raises(ic.CapabilityError, match=rf"\({family}\) has none in its blocks with routers"):
-            shared_of(ic.load(testing.tiny(family), check=False), [_padded()])
 
 
 def test_reap_of_two_batches_is_that_of_one_and_follows_an_expert() -> None:

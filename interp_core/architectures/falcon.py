@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 
 from .bloom import NO_ROTARY
-from .family import Arrangement, Family, Heads, View, fused_blocks, fused_per_head
+from .family import Arrangement, Family, Heads, fused_per_head_or_shared
 
 
 def parallel(config: Any) -> bool:
     """Whether attention and MLP read the same stream."""
     return bool(config.new_decoder_architecture or config.parallel_attn)
-
-
-def fused_groups(heads: Heads, part: str) -> View:
-    """The query of each head, its key and its value; or all queries, all keys and all values."""
-    return (fused_per_head if heads.n_heads == heads.n_kv_heads else fused_blocks)(heads, part)
 
 
 def arranged(heads: Heads) -> Arrangement | None:
@@ -52,7 +47,7 @@ FAMILY = Family(
     "falcon",
     paths={"blocks.ln2": "post_attention_layernorm"},
     parallel=parallel,
-    fused=fused_groups,
+    fused=fused_per_head_or_shared,
     arranged=arranged,
     refuse_if=refused,
 )

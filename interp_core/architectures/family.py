@@ -66,6 +66,12 @@ def fused_per_head(heads: Heads, part: str) -> View:
     return lambda x: split(x)[..., start : start + d]
 
 
+def fused_per_head_or_shared(heads: Heads, part: str) -> View:
+    """Query, key and value of each head side by side, or all queries, then the keys and values that they share (Falcon,
+    GPT-BigCode)."""
+    return (fused_per_head if heads.n_heads == heads.n_kv_heads else fused_blocks)(heads, part)
+
+
 def first_half(heads: Heads, part: str) -> View:
     """The first half of what belongs to each head (Qwen3-Next: query, then gate)."""
     split = split_heads(heads.n_heads if part == "q" else heads.n_kv_heads, 2 * heads.d_head)
@@ -133,7 +139,8 @@ class Family:
             their product.
         calls: how often a layer calls attention, with the same queries and keys, for parts of the values.
         summed: where the stream passes with the MLP's part added, in blocks that go on to change it.
-        parallel: whether attention and MLP read the same residual, given the config.
+        parallel: whether attention and MLP read the same residual, given the config; None: as transformers' word for
+            that says, `use_parallel_residual`, or as the norms that a block has let it be seen.
         router: where blocks have one.
         refuse: sites that the family cannot give, with the reason.
         refuse_if: sites that models with some configs cannot give, with the reason, given the config.
@@ -143,7 +150,8 @@ class Family:
             `pre_merger`.
         needs: inputs without which transformers takes images for text, silently.
         whole_images: visual tokens of an image see its later ones too.
-        bare: the unembedding reads the stream as the last block leaves it (that has normed it): there is no final norm.
+        bare: the unembedding reads the stream as the last block leaves it (that has normed it): there is no final norm;
+            or a function of the config that says so.
         unfit: why a model of the family cannot be taken as it is, given the config; "" if it can.
         sites: functions that find sites of the family's own in a block (`sites.define` names them; see `locate.Block`).
         carried: paths of attributes in which a forward pass of the family leaves something for the next one (Qwen-VL's
@@ -176,7 +184,7 @@ class Family:
     tower: Family | None = None
     needs: tuple[str, ...] = ()
     whole_images: bool = False
-    bare: bool = False
+    bare: bool | Callable[[Any], bool] = False
     unfit: Callable[[Any], str] | None = None
     sites: tuple[Callable[[Any], None], ...] = ()
     carried: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ def last_bias(block: Any) -> Mapping[str, Tensor]:
     return {} if bias is None else {"attn_out": bias.detach()}
 
 
-FAMILY = Family("gpt_neox", fused=fused_per_head, parallel=lambda config: bool(config.use_parallel_residual))
+FAMILY = Family("gpt_neox", fused=fused_per_head)
 JAPANESE = Family("gpt_neox_japanese", fused=fused_per_head, biases=last_bias)
 PERSIMMON = Family("persimmon", fused=fused_per_head)
 FUYU = Family("fuyu", fused=fused_per_head)

@@ -156,7 +156,11 @@ class Stack:
         self.prefix, self.layout = ("" if self.text else VISION_), (None if self.text else Layout(images=True))
         family = self.family = tower or atlas.family
         self.embedding = ""
-        self.parallel = family.parallel(config) if family.parallel else "parallel" in paths
+        self.parallel = (
+            family.parallel(config)
+            if family.parallel
+            else getattr(config, "use_parallel_residual", "parallel" in paths)
+        )
         self.places = family.places(config) if callable(family.places) else family.places
         self.d_model = {"d_model": atlas.shape.d_model}
         self.refused = refusals(family, config if self.text else atlas.config)
@@ -454,7 +458,7 @@ def ends(stack: Stack) -> None:
             stack.view(name, 0, HookPoint(str(path), "out"), stack.d_model)
     if ("embed", 0) not in stack.atlas.entries and (path := stack.embedding):
         stack.view("embed", 0, HookPoint(path, "out"), stack.d_model)
-    if stack.family.bare:
+    if stack.family.bare(stack.config) if callable(stack.family.bare) else stack.family.bare:
         stack.atlas.components.add("ln_final", None, nn.Identity())
     for component in ENDS:
         refused = component == "ln_final" and "final_norm" in stack.refused

@@ -1,6 +1,7 @@
 """OPT: no module holds the MLP, whose parts see batch and pos flattened; queries are scaled before they meet the keys.
 
-OPT-350m norms the stream itself after attention and after the MLP, so `resid_mid` and `resid_post` are normed sums.
+OPT-350m norms the stream itself after attention and after the MLP, so `resid_mid` and `resid_post` are normed sums; its
+token embeddings are half as wide as the stream.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .bart import NORMED
 from .family import Family, Place
 
 
@@ -32,6 +34,21 @@ def join(block: Any, site: str, before: Tensor, added: Tensor) -> Tensor:
     return block.self_attn_layer_norm(total) if site == "resid_mid" else block.final_layer_norm(total)
 
 
-_NO_ROTARY = "OPT has learnt position embeddings, no rotary ones; read q and k"
+def bare(config: Any) -> bool:
+    """Whether there is no norm behind the last block."""
+    return not config.do_layer_norm_before or config._remove_final_layer_norm
 
-FAMILY = Family("opt", refuse={"rot_q": _NO_ROTARY, "rot_k": _NO_ROTARY}, places=places, join=join)
+
+def refused(config: Any) -> Mapping[str, str]:
+    """Positions are learnt embeddings; the last block may have normed the stream; tokens may be narrower than it."""
+    narrow = config.word_embed_proj_dim != config.hidden_size
+    return _NO_ROTARY | (NORMED if bare(config) else {}) | (_NARROW if narrow else {})
+
+
+_NARROW = {
+    "embed": "embeddings are narrower than the stream, and project_in widens them; read resid_pre of layer 0",
+    "readout": "the unembedding reads a narrower stream, which project_out makes of it",
+}
+_NO_ROTARY = dict.fromkeys(("rot_q", "rot_k"), "OPT has learnt position embeddings, no rotary ones; read q and k")
+
+FAMILY = Family("opt", refuse_if=refused, places=places, join=join, bare=bare)

@@ -62,6 +62,10 @@ FALCON_H1 = Family(
     },
 )
 
+_ADAPTED = (
+    "an adapter of each layer adds to what the shared projection gives; rot_q and rot_k have the queries and keys that "
+    "attention multiplies, and z what it makes of the values"
+)
 _BEHIND = (
     "attention and MLP of this family are a branch: what they give goes into the norm that the state space model reads "
     "(mixer_in), and nothing of it is added to the stream"
@@ -79,6 +83,11 @@ def branch(block: Any) -> None:
         entries[name, block.layer].order = entries["resid_post", block.layer].order - 0.5 + 0.125 * number
 
 
+def adapted(config: Any) -> Mapping[str, str]:
+    """Zamba2 may add to the shared attention's projections what adapters of each layer give."""
+    return dict.fromkeys("qkv", _ADAPTED) if getattr(config, "use_shared_attention_adapter", False) else {}
+
+
 def _zamba(name: str, shared: str) -> Family:
     parts = {f"blocks.attn.{part}": f"{part}_proj" for part in "qkvo"} | {"blocks.mlp.out": "down_proj"}
     branched = {"blocks.attn": f"{shared}.self_attn", "blocks.mlp": f"{shared}.feed_forward"}
@@ -87,6 +96,7 @@ def _zamba(name: str, shared: str) -> Family:
         name,
         paths=ends | parts | branched | {"blocks.mixer": "mamba|mamba_decoder.mamba"},
         refuse=dict.fromkeys(("attn_out", "resid_mid", "mlp_out"), _BEHIND),
+        refuse_if=adapted,
         sites=(branch,),
     )
 

@@ -90,8 +90,7 @@ def explain(atlas: Atlas, refused: Mapping[str, str], parallel: bool) -> None:
         else:
             why = f"it is not known where {family.name} keeps {name}; a family file says it, see docs/families.md"
         atlas.lacking[name] = why
-    unread = (
-        "" if family.bare or "final_norm" in present else f"this {family.name} has no final norm that is known here"
-    )
+    readable = "ln_final" in atlas.components.names() or "final_norm" in present
+    unread = "" if readable else f"this {family.name} has no final norm that is known here"
     if why := refused.get("readout", unread):
         atlas.lacking["readout"] = why

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -58,6 +58,15 @@ def demand_fit(model: Any, family: Family | None) -> None:
         raise LoadError(f"{name} cannot be served: {why}")
     if isinstance(heads := model.get_output_embeddings(), nn.ModuleList):
         raise LoadError(f"{name} cannot be served: it has {len(heads)} heads, and no one unembedding")
+    outputs = _outputs(model)
+    if "logits" not in outputs and (several := [part for part in outputs if part.endswith("_logits")]):
+        raise LoadError(f"{name} gives {' and '.join(several)}, and no logits by themselves; {with_head(config)}")
+
+
+def _outputs(model: Any) -> list[str]:
+    """What a model says that it gives; nothing where it does not say it."""
+    kind = inspect.signature(type(model).forward).return_annotation
+    return [part for output in (kind, *get_args(kind)) for part in getattr(output, "__dataclass_fields__", ())]
 
 
 def demand_one_text(model: Any) -> None:

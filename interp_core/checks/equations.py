@@ -6,10 +6,11 @@ to one, pattern times values is z, and the readout gives the model's logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from ..run import CompiledPlan, Run
 from ..session import Session
 from ..sites import VISION_, Edit, Site
 
+UNFIT = (InterpError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
+"""How models fail on inputs that they are not made for, and sites where they are not what they are taken for."""
 ROUNDING = 16
 """How many roundings of its terms a sum may be off."""
 
@@ -290,7 +293,7 @@ def projections(model: Session, run: Run, prefix: str = "") -> Iterator[Finding]
     """Head outputs sum to what the output projection gives; of a vision tower with its prefix."""
     layers = both(model.atlas, f"{prefix}head_out", f"{prefix}z")
     if layers := [i for i in layers if model.atlas.entries[f"{prefix}z", i].module is not None]:
-        pairs = [_projected(model, run, i, prefix) for i in layers]
+        pairs = (_projected(model, run, i, prefix) for i in layers)
         yield _close(model, f"{prefix}head_out", "sums to the output projection", pairs)
 
 
@@ -304,28 +307,27 @@ def _attention(model: Session, run: Run) -> Iterator[Finding]:
         what = "sums to less than one, the rest is the sink's" if sinks else "sums to one"
         yield _close(model, "pattern", what, list(zip(rows, ones, strict=True)))
         both_of = both(atlas, "scores", "pattern")
-        pairs = [(at(run, "scores", i).float().softmax(-1), at(run, "pattern", i).float()) for i in both_of]
-        if pairs and not sinks:
+        if both_of and not sinks:
+            pairs = ((at(run, "scores", i).float().softmax(-1), at(run, "pattern", i).float()) for i in both_of)
             yield _close(model, "scores", "give the pattern by softmax", pairs)
     if layers := both(atlas, "pattern", "v", "z"):
-        mixed = [(_mixed(atlas, i, at(run, "pattern", i), at(run, "v", i)), at(run, "z", i)) for i in layers]
-        finding = _close(model, "v", "times pattern is z", mixed)
+        mixed = partial(_mixes, atlas, run, layers)
+        finding = _close(model, "v", "times pattern is z", mixed())
         if not finding.ok and _by_itself(atlas, "pattern"):
             # An engine that does attention by itself does not show what is handed on; a gate is what may come behind.
-            gated = [(z, z.clamp(x.clamp(max=0), x.clamp(min=0))) for x, z in mixed]
+            gated = ((z, z.clamp(x.clamp(max=0), x.clamp(min=0))) for x, z in mixed())
             finding = _close(model, "v", "times pattern, times a gate between 0 and 1, is z", gated)
         elif not finding.ok:
             finding = _handed(model, run, layers)
         yield finding
     if (layers := both(atlas, "scores", "rot_q", "rot_k")) and not _called(atlas, "rot_q") and not _capped(model):
-        rotated = [_first_scores(at(run, "rot_q", i), at(run, "rot_k", i), at(run, "scores", i)) for i in layers]
+        rotated = (_first_scores(at(run, "rot_q", i), at(run, "rot_k", i), at(run, "scores", i)) for i in layers)
         yield _close(model, "rot_q", "gives the scores, with rot_k", rotated)._replace(others=("rot_k",))
     if (layers := both(atlas, "scores", "q", "k")) and not _normed(model):
-        pairs = [_first_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
-        if not both(atlas, "rot_q") and not _close(model, "q", "", pairs).ok:  # nothing rotates; there may be a bias
-            pairs = [_unbiased_scores(at(run, "q", i), at(run, "k", i), at(run, "scores", i)) for i in layers]
-        for name in ("q", "k"):
-            yield _close(model, name, "gives the scores of the first position", pairs)
+        finding = _scored(model, run, layers, _first_scores)
+        if not finding.ok and not both(atlas, "rot_q"):  # nothing rotates; there may be a bias
+            finding = _scored(model, run, layers, _unbiased_scores)
+        yield from (finding, finding._replace(site="k"))
 
 
 def _by_itself(atlas: Atlas, name: str) -> bool:
@@ -343,12 +345,11 @@ def _called(atlas: Atlas, name: str) -> bool:
 
 def _readout(model: Session, run: Run, last: Tensor) -> Iterator[Finding]:
     """The last stream through the final norm, and on to the logits."""
-    with torch.no_grad():
-        pairs = [(model.readout(last), run.logits.plain)]
-        normed = model.atlas.final_norm(last)
-    yield _close(model, "readout", "gives the model's logits", pairs)._replace(law=Law.READOUT)
+    read_out = ((model.readout(x), run.logits.plain) for x in (last,))
+    yield _close(model, "readout", "gives the model's logits", read_out)._replace(law=Law.READOUT)
     if model.atlas.layers("final_norm"):
-        yield _close(model, "final_norm", "is the norm of the last stream", [(normed, at(run, "final_norm", 0))])
+        normed = ((model.atlas.final_norm(x), at(run, "final_norm", 0)) for x in (last,))
+        yield _close(model, "final_norm", "is the norm of the last stream", normed)
 
 
 def _worst(distances: Iterable[float]) -> float:
@@ -356,8 +357,14 @@ def _worst(distances: Iterable[float]) -> float:
     return max(distances, key=lambda x: (x != x, x))
 
 
-def _close(model: Session, name: str, what: str, pairs: list[tuple[Tensor, Tensor]]) -> Finding:
-    worst = _worst(distance(a, b) for a, b in pairs)
+def _close(model: Session, name: str, what: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Finding:
+    """Whether pairs are alike. They are computed here, one after the other: sites that do not fit each other, so that
+    this fails, are not what they are taken for, and the model is none the worse."""
+    try:
+        with torch.no_grad():
+            worst = _worst(distance(a, b) for a, b in pairs)
+    except UNFIT as error:
+        return Finding(name, what, False, first_line(error))
     return Finding(name, what, worst <= tolerance(model), f"{worst:.1e}")
 
 
@@ -371,11 +378,16 @@ def at(run: Run, name: str, layer: int) -> Tensor:
     return run[Site(name, layer)].plain
 
 
+def _mixes(atlas: Atlas, run: Run, layers: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """What patterns and values give, and `z`."""
+    for layer in layers:
+        yield _mixed(atlas, layer, at(run, "pattern", layer), at(run, "v", layer)), at(run, "z", layer)
+
+
 def _mixed(atlas: Atlas, layer: int, pattern: Tensor, v: Tensor) -> Tensor:
     """Values mixed by the pattern `[batch pos head d_head]`, as the family does it."""
     if atlas.family.mixed is not None:
-        with torch.no_grad():
-            return atlas.family.mixed(atlas.module("attn", layer), pattern, v)
+        return atlas.family.mixed(atlas.module("attn", layer), pattern, v)
     groups = pattern.shape[1] // v.shape[2]
     return torch.einsum("bhqk,bkhd->bqhd", pattern.to(v.dtype), v.repeat_interleave(groups, 2))
 
@@ -412,6 +424,12 @@ def _normed(model: Session) -> bool:
 
 def _capped(model: Session) -> bool:
     return bool(getattr(model.hf.config.get_text_config(), "attn_logit_softcapping", None))
+
+
+def _scored(model: Session, run: Run, layers: list[int], by: Callable[..., tuple[Tensor, Tensor]]) -> Finding:
+    """Whether `q` and `k` give the scores."""
+    pairs = (by(*(at(run, name, layer) for name in ("q", "k", "scores"))) for layer in layers)
+    return _close(model, "q", "gives the scores of the first position", pairs)
 
 
 def _first_scores(q: Tensor, k: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,22 @@ from ..session import Session
 from ..sites import SITES, Edit, Site
 from ..text import Tokens
 from ..vision.places import placeholder_ids
-from .equations import TWINS, Finding, Law, Sum, add_up, declared, distance, equations, sums, tolerance, within_rounding
+from .equations import (
+    TWINS,
+    UNFIT,
+    Finding,
+    Law,
+    Sum,
+    add_up,
+    declared,
+    distance,
+    equations,
+    sums,
+    tolerance,
+    within_rounding,
+)
 from .repeats import passing_once, run_again, shared_modules, turns
-from .tower import UNFIT, check_tower
+from .tower import check_tower
 
 log = logging.getLogger(__name__)
 WIDTH = 6
@@ -419,6 +432,8 @@ def check_edit(entry: Entry, row: int, n_rows: int, run: Run) -> Edit:
     mask = Mask(tuple(CHECKED_POSITIONS if i == row else () for i in range(n_rows)), WIDTH)
     info = SITES[entry.name]
     site = check_site(entry.name, entry.layer)
+    if entry.name == "router_logits":  # other experts, also where a token has one, of weight 1
+        return site.at(mask).scale(-1.0)
     if entry.name == "router_weights":
         # unevenly: a norm of what experts give undoes a factor that all have in common
         return site.at(mask).apply(

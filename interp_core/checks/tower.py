@@ -15,17 +15,15 @@ from torch import Tensor
 
 from ..architectures.grids import edge_of
 from ..architectures.towers import last_used, tiles_of
-from ..errors import InterpError, first_line
+from ..errors import first_line
 from ..run import Run, forward
 from ..session import Session
 from ..sites import SITES, VISION_, Site
 from ..text import Tokens
-from .equations import Finding, Law, Sum, add_up, declared, projections, sums
+from .equations import UNFIT, Finding, Law, Sum, add_up, declared, projections, sums
 
 HANDED = Site("vision_embed")
 READS = "can be read of an image"
-UNFIT = (InterpError, RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
-"""How models fail on inputs that they are not made for."""
 
 
 def check_tower(model: Session, ids: Tensor) -> Iterator[Finding]:

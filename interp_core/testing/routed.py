@@ -152,7 +152,10 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "kolibri1": ("Kolibri1ForCausalLM", {**_GQA, **_MOE, "norm_topk_prob": True}),
-    "laguna": ("LagunaForCausalLM", {**_GQA, **_MOE, "shared_expert_intermediate_size": 40}),
+    "laguna": (
+        "LagunaForCausalLM",
+        {**_GQA, **_MOE, "shared_expert_intermediate_size": 40, "moe_routed_scaling_factor": 1.7},
+    ),
     "kimi_linear": (
         "KimiLinearForCausalLM",
         {**_MHA, **MLA, **_ROUTED, **_SPARSE_LAST, **_KDA, "num_experts": 8, "head_dim": 8},

@@ -1,6 +1,7 @@
 """Shared experts, which every token has: how far their gate is open, and their part of what the block puts out.
 
-    o = r + s      the block's output: the routed experts' weighted sum, and the shared expert's output after its gate
+    o = r + s      the block's output; s is what the same block puts out when its routed experts give nothing, so that
+                   r is their weighted sum as it enters, with the factor or norm that some blocks put on it
     gate           mean of the gate (a sigmoid), where there is one; of several shared experts' weights their sum
     share          mean over tokens of ‖s‖ / ‖o‖; may be above 1, where r points the other way
     along          mean over tokens of s · o / ‖o‖²: the part of o that is due to s; with that of r it is 1
@@ -8,7 +9,8 @@
 They are in no usage matrix: no router chooses them.
 
 Source: this package.
-Cost: one forward pass that ends with the last block that has experts; a number of each kind per layer.
+Cost: one forward pass that ends with the last block that has experts, in which these blocks run a second time without
+    their experts; a number of each kind per layer.
 Must equal: the shared expert's module, times its gate, over the block's output.
 """
 
@@ -20,7 +22,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
 import interp_core as ic
 from interp_core import sites as S
@@ -69,8 +71,7 @@ def shared_of(model: ic.Model, batches: Iterable[ic.Tokens], at: Any = None) -> 
         CapabilityError: a dense model, one without shared experts, or with such beside the block that has the router.
         PositionError: a row without a token there.
     """
-    layers = demand_routers("shared experts", model)
-    blocks = {layer: (model.module("mlp", layer), model.module("experts", layer)) for layer in layers}
+    blocks = {layer: _block(model, layer) for layer in demand_routers("shared experts", model)}
     gated = not model.can("shared_expert_gate", "read")
     shared = SharedExperts()
     for tokens in batches:
@@ -80,46 +81,66 @@ def shared_of(model: ic.Model, batches: Iterable[ic.Tokens], at: Any = None) -> 
         for layer, (block, experts) in blocks.items():
             rules |= _rules(shared, layer, block, experts, counted)
         with model.replacing(rules):
-            read = [S.shared_expert_gate] if gated else []
-            run = model.run(tokens, read=[*read, S.resid_post[layers[-1]]], logits=False)
-        for layer in layers if gated else ():
+            run = model.run(tokens, read=[S.shared_expert_gate] if gated else [], logits=-1)
+        for layer in blocks if gated else ():
             shared.add(layer, {"gate": places.of(run[S.shared_expert_gate[layer]].plain.sum(-1))})
         shared.tokens += int(counted.sum())
         if not any(sums["shared_norm"] for sums in shared.sums.values()):
             raise ic.CapabilityError(
-                f"shared experts: {model.source} ({model.hf.config.model_type}) has none in its blocks with routers: "
-                "what these put out is what the routed experts give"
+                f"shared experts: {_named(model)} has none in its blocks with routers: these put out nothing without the "
+                "routed experts"
             )
     return shared
 
 
+def _named(model: ic.Model) -> str:
+    return f"{model.source} ({model.hf.config.model_type})"
+
+
+def _block(model: ic.Model, layer: int) -> tuple[nn.Module, nn.Module]:
+    """The module that adds routed and shared experts up, and the routed experts in it.
+
+    Raises:
+        CapabilityError: they are added up elsewhere.
+    """
+    block, experts = model.module("mlp", layer), model.module("experts", layer)
+    if why := model.can("expert_out", "read"):
+        raise ic.CapabilityError(f"shared experts: of {_named(model)} no expert is known by itself: {why}")
+    if experts not in block.modules():
+        raise ic.CapabilityError(
+            f"shared experts: in {_named(model)} what every token has stands beside the block with the router, not in it; "
+            f"compare expert_out with what module {type(block).__name__} of layer {layer} puts out"
+        )
+    return block, experts
+
+
 def _rules(shared: SharedExperts, layer: int, block: Any, experts: Any, counted: Bool[Tensor, " token"]) -> Any:
-    """What keeps the routed experts' sum, and then compares the block's output with it."""
-    routed: list[Tensor] = []
+    """What runs a block again with experts that give nothing, and compares what it puts out both times."""
+    gave: list[Tensor] = []
 
     def of_experts(_: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        out = forward(*args, **kwargs)
-        added = out.detach().reshape(-1, len(counted), out.shape[-1]).sum(0)  # Llama 4 leaves the sum to the block
-        routed.append(added[counted.to(added.device)])  # a copy: some blocks add to the tensor itself
-        return out
+        if gave:
+            return torch.zeros_like(gave.pop())
+        gave.append(forward(*args, **kwargs))
+        return gave[0]
 
     def of_block(_: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        out = forward(*args, **kwargs)
-        whole = (out[0] if isinstance(out, tuple) else out).detach().reshape(len(counted), -1)
-        shared.add(layer, _compared(whole[counted.to(whole.device)], routed.pop()))
-        return out
+        whole = forward(*args, **kwargs)
+        shared.add(layer, _compared(*(_counted(out, counted) for out in (whole, forward(*args, **kwargs)))))
+        return whole
 
     return {experts: of_experts, block: of_block}
 
 
-def _compared(block: Tensor, routed: Tensor) -> dict[str, Tensor]:
-    """The numbers of tokens, of what a block and its routed experts put out `[n d_model]`."""
-    eps = torch.finfo(block.dtype).eps
-    block, routed = block.double(), routed.double()
-    shared = block - routed
-    norms = [x.norm(dim=-1) for x in (shared, routed, block)]
-    shared = torch.where((norms[0] <= 16 * eps * norms[2])[:, None], 0, shared)  # a sum in another order
+def _counted(out: Any, counted: Bool[Tensor, " token"]) -> Tensor:
+    """What a block puts out at tokens that count `[n d_model]`."""
+    flat = (out[0] if isinstance(out, tuple) else out).detach().reshape(len(counted), -1)
+    return flat[counted.to(flat.device)].double()
+
+
+def _compared(block: Tensor, shared: Tensor) -> dict[str, Tensor]:
+    """The numbers of tokens, of what a block and its shared experts put out `[n d_model]`."""
+    norms = [x.norm(dim=-1) for x in (shared, block - shared, block)]
     size = norms[2].clamp(min=1e-30)
-    norms[0] = shared.norm(dim=-1)
     values = (norms[0] / size, (shared * block).sum(-1) / size**2, *norms)
     return dict(zip(NAMES, values, strict=True))
