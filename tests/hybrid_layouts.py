@@ -176,6 +176,9 @@ BIASES: dict[str, Callable[[Any], float | Tensor]] = {
 """What a block adds to what attention gives."""
 OTHERWISE: dict[str, Callable[[Any], dict[str, str]]] = {
     "opt": lambda config: {} if config.do_layer_norm_before else {"mid_out": "self_attn_layer_norm"},
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3"), lambda config: {} if config.q_lora_rank else {"q": "self_attn.q_proj"}
+    ),
 }
 """What lies elsewhere in models with some configs."""
 KEPT: dict[str, Callable[[Any, Tensor], Tensor]] = {

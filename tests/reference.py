@@ -132,6 +132,11 @@ class Reference:
     def split(self, x: Tensor, part: str) -> Tensor:
         """q, k or v `[batch pos head d_head]` out of what a projection returned."""
         b, s = self.shape
+        config = self.hf.config
+        if (clip := getattr(getattr(config, "attn_config", config), "clip_qkv", None)) and (
+            self.family != "olmoe" or part == "v"  # which norms queries and keys before that
+        ):
+            x = x.clamp(-clip, clip)
         if self.family in WIDE_QUERIES and part == "v":  # per head a part of its key, and its value
             return x.reshape(b, s, self.n_heads, -1)[..., -self.d_head :]
         if self.family == "axk2":  # and its gate

@@ -138,7 +138,9 @@ def test_opt_with_narrow_embeddings(before: bool, ids: torch.Tensor) -> None:
     model = ic.load(ic.testing.tiny("opt", do_layer_norm_before=before, word_embed_proj_dim=32))
     run = model.run(ids, read=S.resid_pre[0], edits=S.z[1].zero())
     assert run[S.resid_pre[0]].shape[-1] == 64 and run.logits.shape[-1] == 96
-    with pytest.raises(ic.CapabilityError, match="embeddings are narrower than the stream, and project_in widens them"):
+    with pytest.raises(
+        ic.CapabilityError, match="token embeddings have 32 dimensions, and the stream, .* 64; read resid_pre"
+    ):
         model.run(ids, read=S.embed)
     with pytest.raises(ic.CapabilityError, match="reads a narrower stream, which project_out makes of it"):
         model.readout(torch.zeros(1, 64))

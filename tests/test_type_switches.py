@@ -12,7 +12,7 @@ from matrix import row
 from parity import IDS
 
 from interp_core import testing
-from interp_core.compatibility import matrix, sites_of
+from interp_core.compatibility import ENGINES, matrix, sites_of
 from interp_core.testing.types import types
 
 SAMPLE = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "granitemoehybrid", "opt", "qwen2_moe", "stablelm")
@@ -42,6 +42,60 @@ LOST = {
     "zamba2": "q k v",  # adapters add to them
 }
 """Sites that a switch takes away."""
+
+
+def rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **more}}
+
+
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=4)
+RELEASED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "OPT-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}, "embed final_norm"),
+    "Falcon-RW": (
+        "falcon",
+        {"multi_query": False, "num_kv_heads": 4, "alibi": True, "parallel_attn": False, "bias": True},
+        "rot_q rot_k",
+    ),
+    "Falcon-40B": ("falcon", {"new_decoder_architecture": True, "bias": False}, ""),
+    "Falcon2-11B": ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}, ""),
+    "BigCode's first model": ("gpt_bigcode", {"multi_query": False}, ""),
+    "Stanford's GPT-2": ("gpt2", {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}, ""),
+    "OLMo-7B": ("olmo", {"clip_qkv": 0.5}, ""),
+    "OLMoE": ("olmoe", {"clip_qkv": 0.5}, ""),
+    "MPT-7B": ("mpt", {"attn_config": {"clip_qkv": 0.5}}, ""),
+    "MPT without ALiBi": ("mpt", {"attn_config": {"alibi": False}, "logit_scale": "inv_sqrt_d_model"}, ""),
+    "StableLM-2-12B": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}, "resid_mid"),
+    "DeepSeek-V2-Lite": (
+        "deepseek_v2",
+        {"topk_method": "greedy", "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+        "",
+    ),
+    "Moonlight": ("deepseek_v3", {"q_lora_rank": None}, ""),
+    "DeepSeek-V3": ("deepseek_v3", rope("yarn", factor=4.0, original_max_position_embeddings=4, mscale=1.0), ""),
+    "gpt-oss": ("gpt_oss", YARN, ""),
+    "Qwen2 with long texts": ("qwen2", YARN, ""),
+    "Llama 3.1": (
+        "llama",
+        rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+        "",
+    ),
+    "Llama with dynamic positions": ("llama", rope("dynamic", factor=2.0), ""),
+    "Phi-3 with long texts": (
+        "phi3",
+        rope("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, original_max_position_embeddings=4),
+        "",
+    ),
+    "EmbeddingGemma": ("gemma3_text", {"use_bidirectional_attention": True}, ""),
+    "Granite 4 with positions": ("granitemoehybrid", {"position_embedding_type": "rope"}, ""),
+    "Command R+": ("cohere", {"use_qk_norm": True}, ""),
+    "Zamba2-1.2B": ("zamba2", {"use_shared_attention_adapter": True, "use_mem_rope": True}, "q k v"),
+    "Nemotron 3 Super": ("nemotron_h", {"moe_latent_size": 32}, "expert_out"),
+    "ELECTRA-small": ("electra", {"embedding_size": 32}, "embed"),
+    "RemBERT": ("rembert", {"input_embedding_size": 32}, "embed"),
+    "Mamba-2 in groups": ("mamba2", {"n_groups": 1, "rms_norm": False}, ""),
+}
+"""Models whose configs are not the default of their type: the type, how they differ, and which sites they lack."""
+FAST = ("OPT-350m", "Falcon-RW", "OLMo-7B", "StableLM-2-12B", "DeepSeek-V2-Lite", "Zamba2-1.2B")
 
 
 def switches(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -86,3 +140,24 @@ def test_other_models_of_a_type_are_served_as_truly(model_type: str) -> None:
     assert not {"false", "unheld"} & cell.keys() and cell["word"] != "refused", (settings, cell)
     lost = set(sites_of(known)) - set(sites_of(cell)) - set(LOST.get(model_type, "").split())
     assert not lost, (settings, cell)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # as bridges call modules
+@pytest.mark.parametrize(
+    ("released", "engine"),
+    [
+        pytest.param(name, engine, marks=() if name in FAST and engine == "torch" else pytest.mark.slow)
+        for name in RELEASED
+        for engine in ENGINES
+    ],
+)
+def test_models_whose_configs_are_not_their_types_default(released: str, engine: str) -> None:
+    model_type, settings, lacks = RELEASED[released]
+    cell = row(model_type, engine, **settings)
+    if engine == "transformer_lens":  # which does not know all of these
+        assert "false" not in cell, cell
+        return
+    assert not {"false", "unheld"} & cell.keys() and cell["word"] != "refused", cell
+    known = matrix()["types"][model_type][engine]
+    assert set(sites_of(known)) - set(sites_of(cell)) == set(lacks.split()), cell
+    assert not [why for why in cell.get("missing", {}) if "self-check" in why], cell

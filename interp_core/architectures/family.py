@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .grids import Grid
@@ -24,10 +25,21 @@ before it, and what is added."""
 
 
 class Arrangement(NamedTuple):
-    """Another order of the features of a projection, in which its heads are a view: the way there, and back."""
+    """What becomes of the features of a projection before its heads are a view of them, as another order: the way
+    there, and back."""
 
     into: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor]
+
+
+def clipped(config: Any, arranged: Arrangement | None) -> Arrangement | None:
+    """What attention makes of a projection's features before they are heads: it may clip them (`clip_qkv` of DBRX, MPT
+    and OLMo)."""
+    clip = getattr(getattr(config, "attn_config", config), "clip_qkv", None)
+    if not clip:
+        return arranged
+    into, back = arranged or (lambda x: x, torch.clone)  # OLMo clips in place
+    return Arrangement(lambda x: into(x).clamp(-clip, clip), back)
 
 
 @dataclass(frozen=True)

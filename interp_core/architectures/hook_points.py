@@ -405,7 +405,7 @@ def uses_interface(attention: nn.Module) -> bool:
     """Whether an attention module goes through transformers' attention interface."""
     # No attribute says so; but a forward that goes through the interface has to name its table.
     code = inspect.unwrap(type(attention).forward).__code__
-    config = getattr(attention, "config", None)
+    config: Any = getattr(attention, "config", None)
     # GPT-2's kin has eager attention of its own, which multiplies in float32
     past = getattr(attention, "reorder_and_upcast_attn", False) and config._attn_implementation == "eager"
     return "ALL_ATTENTION_FUNCTIONS" in code.co_names and config is not None and not past

@@ -26,7 +26,7 @@ from . import hook_points
 from .atlas import ROUTED, Atlas, Entry, Shape
 from .components import ENDS, Components
 from .conventions import discover
-from .family import Family, Heads, Place, View, split_heads
+from .family import Family, Heads, Place, View, clipped, split_heads
 from .hook_points import HookPoint, Layout, Side
 from .misplaced import demand_blocks, demand_paths
 from .mixers import gate, mixer_ends, mixer_of
@@ -328,18 +328,22 @@ def _projections(block: Block, attn: str, counts: Heads, sizes: Mapping[str, Map
     for part, of_part in sizes.items():
         if part in family.inside:
             block.view(part, HookPoint(attn, "attention", part, view=hook_points.transposed), of_part)
-        elif path := block.parts.get(f"attn.{part}"):
-            split = family.views.get(part)
+            continue
+        if path := block.parts.get(f"attn.{part}"):
+            split, arranged = family.views.get(part), None
             view = split(counts, part) if split else split_heads(of_part["head"], of_part["d_head"])
-            block.view(part, stack.point(path, "out", view=view), of_part)
         elif family.fused and (path := block.parts.get("attn.qkv")):
-            view = family.fused(counts, part)
-            point, arranged = stack.point(path, "out", view=view), None
-            if family.arranged and (arranged := family.arranged(counts)):
-                point = replace(point, layout=Layout(arranged=arranged))
-            block.view(part, point, of_part)
-            if arranged and (entry := stack.atlas.entries.get((stack.prefix + part, block.layer))):
-                entry.view = partial(_arranged_view, arranged.into, view)
+            view, arranged = family.fused(counts, part), family.arranged(counts) if family.arranged else None
+        else:
+            continue
+        point = stack.point(path, "out", view=view)
+        if f"attn.{part}_norm" not in block.parts:  # else what the norm gives is clipped
+            arranged = clipped(block.config, arranged)
+        if arranged:
+            point = replace(point, layout=replace(point.layout or Layout(), arranged=arranged))
+        block.view(part, point, of_part)
+        if arranged and (entry := stack.atlas.entries.get((stack.prefix + part, block.layer))):
+            entry.view = partial(_arranged_view, arranged.into, view)
 
 
 def _arranged_view(into: View, view: View, x: Tensor) -> Tensor:
@@ -453,11 +457,16 @@ LOCATORS = (stream, mixer_ends, heads, gate, mlp, router)
 
 def ends(stack: Stack) -> None:
     """Sites and components that a model has once."""
-    for name, component in (("embed", "embed"), ("final_norm", "ln_final")):
-        if (path := stack.paths.get(component)) in stack.modules:
+    for name, path in (
+        ("embed", stack.paths.get("embed", stack.embedding)),
+        ("final_norm", stack.paths.get("ln_final")),
+    ):
+        module, d_model = stack.modules.get(str(path)), stack.atlas.shape.d_model
+        if name == "embed" and (width := getattr(module, "embedding_dim", d_model)) != d_model:
+            why = f"token embeddings have {width} dimensions, and the stream, which is made of them, {d_model}"
+            stack.refused.setdefault("embed", f"{why}; read resid_pre of layer 0")
+        elif module is not None:
             stack.view(name, 0, HookPoint(str(path), "out"), stack.d_model)
-    if ("embed", 0) not in stack.atlas.entries and (path := stack.embedding):
-        stack.view("embed", 0, HookPoint(path, "out"), stack.d_model)
     if stack.family.bare(stack.config) if callable(stack.family.bare) else stack.family.bare:
         stack.atlas.components.add("ln_final", None, nn.Identity())
     for component in ENDS:

@@ -118,6 +118,12 @@ def nemotron_paths(block: Any) -> Mapping[str, str]:
     return {kinds.get(block.block_type, "blocks.mlp"): "mixer"}
 
 
+def latent_experts(config: Any) -> Mapping[str, str]:
+    """Experts of Nemotron 3 may work in fewer dimensions than the stream has."""
+    why = "experts add up in moe_latent_size dimensions, before fc2_latent_proj, not in the stream's"
+    return {"expert_out": why} if config.moe_latent_size else {}
+
+
 NEMOTRON = Family(
     "nemotron_h",
     paths={
@@ -125,5 +131,6 @@ NEMOTRON = Family(
     } | {f"blocks.attn.{part}": f"mixer.{part}_proj" for part in "qkvo"}
     | {"blocks.mlp.in": "mixer.up_proj|", "blocks.mlp.out": "mixer.down_proj|"},
     varied=nemotron_paths,
+    refuse_if=latent_experts,
     router=Router("mixer.gate", "mixer.experts", SIGMOID_IN_GROUPS),
 )  # fmt: skip

@@ -45,10 +45,7 @@ def refused(config: Any) -> Mapping[str, str]:
     return _NO_ROTARY | (NORMED if bare(config) else {}) | (_NARROW if narrow else {})
 
 
-_NARROW = {
-    "embed": "embeddings are narrower than the stream, and project_in widens them; read resid_pre of layer 0",
-    "readout": "the unembedding reads a narrower stream, which project_out makes of it",
-}
+_NARROW = {"readout": "the unembedding reads a narrower stream, which project_out makes of it"}
 _NO_ROTARY = dict.fromkeys(("rot_q", "rot_k"), "OPT has learnt position embeddings, no rotary ones; read q and k")
 
 FAMILY = Family("opt", refuse_if=refused, places=places, join=join, bare=bare)

@@ -87,8 +87,8 @@ def shared_of(model: ic.Model, batches: Iterable[ic.Tokens], at: Any = None) -> 
         shared.tokens += int(counted.sum())
         if not any(sums["shared_norm"] for sums in shared.sums.values()):
             raise ic.CapabilityError(
-                f"shared experts: {_named(model)} has none in its blocks with routers: these put out nothing without the "
-                "routed experts"
+                f"shared experts: {_named(model)} has none in its blocks with routers: these put out nothing without "
+                "the routed experts"
             )
     return shared
 
@@ -108,8 +108,8 @@ def _block(model: ic.Model, layer: int) -> tuple[nn.Module, nn.Module]:
         raise ic.CapabilityError(f"shared experts: of {_named(model)} no expert is known by itself: {why}")
     if experts not in block.modules():
         raise ic.CapabilityError(
-            f"shared experts: in {_named(model)} what every token has stands beside the block with the router, not in it; "
-            f"compare expert_out with what module {type(block).__name__} of layer {layer} puts out"
+            f"shared experts: in {_named(model)} what every token has stands beside the block with the router, not in "
+            f"it; compare expert_out with what module {type(block).__name__} of layer {layer} puts out"
         )
     return block, experts
 
