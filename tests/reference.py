@@ -48,7 +48,7 @@ class Reference:
         family = self.family = AROUND.get(family, (family, ""))[0]
         self.kin = KIN.get(family, family)
         if family in OTHERWISE:
-            self.layout = self.layout | OTHERWISE[family](hf.config)
+            self.layout = self.layout | OTHERWISE[family](hf.config.get_text_config())
         self.n_layers = len(hf.get_submodule(self.layout["blocks"]))
         self.at(0)
         self.scale = SCALES[family](hf.config.get_text_config()) if family in SCALES else 1.0

@@ -463,8 +463,8 @@ def ends(stack: Stack) -> None:
     ):
         module, d_model = stack.modules.get(str(path)), stack.atlas.shape.d_model
         if name == "embed" and (width := getattr(module, "embedding_dim", d_model)) != d_model:
-            why = f"token embeddings have {width} dimensions, and the stream, which is made of them, {d_model}"
-            stack.refused.setdefault("embed", f"{why}; read resid_pre of layer 0")
+            narrow = f"token embeddings have {width} dimensions, and the stream, which is made of them, {d_model}"
+            stack.refused.setdefault("embed", f"{narrow}; read resid_pre of layer 0")
         elif module is not None:
             stack.view(name, 0, HookPoint(str(path), "out"), stack.d_model)
     if stack.family.bare(stack.config) if callable(stack.family.bare) else stack.family.bare:

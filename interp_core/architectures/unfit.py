@@ -23,8 +23,7 @@ _NEEDS_IMAGES = (
     "it cannot run a text without an image ({}), and what a model serves is verified on text alone when it is loaded"
 )
 UNFIT: dict[str, str] = {
-    "blt": "it reads bytes, and its blocks stand in three stacks, of which the largest runs on patches of several bytes, "
-    f"{_NOT_THE_TEXTS}",
+    "blt": f"its largest stack of blocks runs on patches of several bytes each, {_NOT_THE_TEXTS}",
     "cpmant": f"it puts positions of its own in front of every text, {_NOT_THE_TEXTS}",
     "gemma4_assistant": _DRAFTS,
     "gemma4_unified_assistant": _DRAFTS,
