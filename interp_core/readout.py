@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .architectures.atlas import Atlas
+from .architectures.hook_points import own_code
 from .architectures.parameters import CAPS, bias_of, is_numbers, parameter, runs_own_forward
 from .architectures.shards import called
 from .errors import PlanError, wrong
@@ -31,7 +33,7 @@ def unembed(model: Any, normed: Tensor, tokens: slice | Tensor | None = None) ->
     """Logits `[… d_vocab]` of a normed residual stream `[… d_model]`, or `[… token]` of some tokens."""
     head = model.get_output_embeddings()
     if tokens is None:
-        return finished(model.config, head(normed))
+        return finished(model, head(normed))
     if not is_plain(head) or _hooked(head):
         logits = unembed(model, normed.to(model.dtype))
         return logits[..., tokens if isinstance(tokens, slice) else tokens.to(logits.device)]
@@ -43,7 +45,7 @@ def _of_rows(model: Any, normed: Tensor, weight: Tensor, bias: Tensor | None, to
     tokens = tokens if isinstance(tokens, slice) else tokens.to(weight.device)
     weight, normed = weight[tokens].to(normed.dtype), normed.to(weight.device)
     added = None if bias is None else bias[tokens].to(weight)
-    return finished(model.config, nn.functional.linear(normed, weight, added))
+    return finished(model, nn.functional.linear(normed, weight, added))
 
 
 def unembed_tiles(model: Any, normed: Tensor, width: int) -> Iterator[Tensor]:
@@ -66,14 +68,13 @@ def few_logits(head: nn.Linear, tokens: slice | Tensor) -> Callable[[Tensor], Te
     return lambda x: nn.functional.linear(x.to(rows.device), rows, of_rows)
 
 
-def finished(config: Any, logits: Tensor) -> Tensor:
+def finished(model: Any, logits: Tensor) -> Tensor:
     """What the head gives, with the family's scales and cap."""
-    config = config.get_text_config()
-    if scale := getattr(config, "logit_scale", None):
+    if scale := _factor(model, "logit_scale"):
         logits = logits * scale
-    if scaling := getattr(config, "logits_scaling", None):
+    if scaling := _factor(model, "logits_scaling"):
         logits = logits / scaling
-    if cap := cap_of(config):
+    if cap := cap_of(model.config.get_text_config()):
         logits = torch.tanh(logits / cap) * cap
     return logits
 
@@ -93,9 +94,20 @@ def _hooked(head: nn.Module) -> bool:
     return bool(head._forward_hooks or head._forward_pre_hooks)
 
 
-def scale_of(config: Any) -> float:
+def scale_of(model: Any) -> float:
     """The factor between unembedding and logits, before a cap."""
-    return float(getattr(config, "logit_scale", None) or 1) / float(getattr(config, "logits_scaling", None) or 1)
+    return float(_factor(model, "logit_scale") or 1) / float(_factor(model, "logits_scaling") or 1)
+
+
+def _factor(model: Any, word: str) -> float | None:
+    """What a config says of the logits, where the model's code knows the word (MPT's has one that it leaves be)."""
+    said, kind = getattr(model.config.get_text_config(), word, None), cast(Any, type(model))
+    return said if said is not None and _knows(kind, word) else None
+
+
+@cache
+def _knows(kind: type, word: str) -> bool:
+    return any(word in (*code.co_names, *code.co_consts) for code in own_code(kind))
 
 
 def project(atlas: Atlas, z: Tensor, layer: int, added: bool) -> Tensor:

@@ -112,7 +112,7 @@ class WeightReader(NamedTuple):
                 f"{self.atlas.shape.d_model}, so there is no such matrix; see model.module for the modules themselves"
             )
         if entry.name == "logits":
-            scale = scale_of(self.atlas.config.get_text_config())
+            scale = scale_of(self.loaded)
             return Weights(weight, bias) if scale == 1 else Weights(weight * scale, bias * scale)
         assert entry.view is not None
         by_head, bias = entry.view(weight[None])[0].transpose(0, 1), entry.view(bias[None, None])[0, 0]

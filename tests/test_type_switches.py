@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from matrix import row
 from parity import IDS
 
+import interp_core as ic
+from interp_core import sites as S
 from interp_core import testing
 from interp_core.compatibility import ENGINES, matrix, sites_of
 from interp_core.testing.types import types
@@ -161,3 +164,26 @@ def test_models_whose_configs_are_not_their_types_default(released: str, engine:
     known = matrix()["types"][model_type][engine]
     assert set(sites_of(known)) - set(sites_of(cell)) == set(lacks.split()), cell
     assert not [why for why in cell.get("missing", {}) if "self-check" in why], cell
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"), [("olmo", {"clip_qkv": 0.5}), ("mpt", {"attn_config": {"clip_qkv": 0.5}})]
+)
+def test_clipped_heads_have_the_projections_weights_and_true_gradients(
+    model_type: str, settings: dict[str, Any]
+) -> None:
+    model, plain = (ic.load(testing.tiny(model_type, dtype=torch.float64, **more)) for more in (settings, {}))
+    assert torch.equal(model.weights(S.v[1]), plain.weights(S.v[1]))
+    run = model.run(IDS, read=S.v[1], grad=lambda logits: logits[0, -1, 5])
+    value = run[S.v[1]].plain
+    assert value.abs().max() == 0.5
+    step = torch.where(value.abs() < 0.4, 1e-4 * run.grad[S.v[1]].plain.sign(), 0)
+    ends = [model.run(IDS, edits=S.v[1].set(value + sign * step)).logits[0, -1, 5] for sign in (1, -1)]
+    assert float(ends[0] - ends[1]) == pytest.approx(2 * float((run.grad[S.v[1]].plain * step).sum()), rel=1e-2)
+
+
+def test_a_factor_that_the_models_code_does_not_know_is_none() -> None:
+    for scale in (0.5, "inv_sqrt_d_model"):
+        model = ic.load(testing.tiny("mpt", logit_scale=scale))
+        assert "readout" not in model.atlas.lacking
+        assert torch.equal(model.weights(S.logits), model.hf.lm_head.weight.T)

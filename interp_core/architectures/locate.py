@@ -330,20 +330,19 @@ def _projections(block: Block, attn: str, counts: Heads, sizes: Mapping[str, Map
             block.view(part, HookPoint(attn, "attention", part, view=hook_points.transposed), of_part)
             continue
         if path := block.parts.get(f"attn.{part}"):
-            split, arranged = family.views.get(part), None
+            split, ordered = family.views.get(part), None
             view = split(counts, part) if split else split_heads(of_part["head"], of_part["d_head"])
         elif family.fused and (path := block.parts.get("attn.qkv")):
-            view, arranged = family.fused(counts, part), family.arranged(counts) if family.arranged else None
+            view, ordered = family.fused(counts, part), family.arranged(counts) if family.arranged else None
         else:
             continue
         point = stack.point(path, "out", view=view)
-        if f"attn.{part}_norm" not in block.parts:  # else what the norm gives is clipped
-            arranged = clipped(block.config, arranged)
-        if arranged:
+        normed = f"attn.{part}_norm" in block.parts  # and what the norm gives is clipped
+        if arranged := ordered if normed else clipped(block.config, ordered):
             point = replace(point, layout=replace(point.layout or Layout(), arranged=arranged))
         block.view(part, point, of_part)
-        if arranged and (entry := stack.atlas.entries.get((stack.prefix + part, block.layer))):
-            entry.view = partial(_arranged_view, arranged.into, view)
+        if ordered and (entry := stack.atlas.entries.get((stack.prefix + part, block.layer))):
+            entry.view = partial(_arranged_view, ordered.into, view)
 
 
 def _arranged_view(into: View, view: View, x: Tensor) -> Tensor:

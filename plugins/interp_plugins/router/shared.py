@@ -9,8 +9,7 @@
 They are in no usage matrix: no router chooses them.
 
 Source: this package.
-Cost: one forward pass that ends with the last block that has experts, in which these blocks run a second time without
-    their experts; a number of each kind per layer.
+Cost: one forward pass, in which blocks with experts run a second time without these; a number of each kind per layer.
 Must equal: the shared expert's module, times its gate, over the block's output.
 """
 
