@@ -38,8 +38,8 @@ edit are those of hooks that were written by hand for the type ([tests/type_layo
 also by [tests/test_mixers.py](../tests/test_mixers.py). The number is the largest difference, `n of m` how many of the
 sites that are served are held; all others have passed the [self-check](families.md#the-self-check). A test holds that
 no row gets worse ([tests/test_types.py](../tests/test_types.py)), another one that models whose configs are not the
-default of their type are served as truly: with all turned that a config can switch, and as OPT-350m, Falcon-RW, OLMo-7B,
-StableLM-2-12B, DeepSeek-V2-Lite and others have it ([tests/test_type_switches.py](../tests/test_type_switches.py)).
+default of their type are served as truly: with all turned that a config can switch, and as OPT-350m, Falcon-RW,
+OLMo-7B, StableLM-2-12B and others have it ([tests/test_type_switches.py](../tests/test_type_switches.py)).
 [Agreement](agreement.md) has three dtypes, site by site.
 
 """
