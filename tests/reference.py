@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from attention_by_hand import OWN, UPCAST, by_hand
 from hybrid_layouts import ADDED, BESIDE, BIASES, CALLED_ALIKE, FACTORS, KEPT, OTHERWISE, STATES
 from layouts import OWN_ATTENTION
-from own_attention import OWN, UPCAST, by_hand
 from routed import route
 from torch import Tensor, nn
 from type_layouts import (

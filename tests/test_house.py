@@ -229,6 +229,12 @@ GRAMMAR = ("found", "one", "made", "given", "asked", "result", "value", "item")
 """Names that say a word's role in the sentence and not what the thing is."""
 
 
+def test_no_two_scripts_have_one_name() -> None:
+    """`benchmarks/gpu.py` takes hand-written hooks from the tests: of two modules of one name it would get the other."""
+    names = Counter(path.name for folder in ("tests", "benchmarks", "scripts") for path in (ROOT / folder).glob("*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 def test_local_names_say_the_content() -> None:
     """There were 2,569 uses of the first five before they got names of their own; the last three may not replace them."""
     uses = Counter(

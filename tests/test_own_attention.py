@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from own_attention import OWN, by_hand
+from attention_by_hand import OWN, by_hand
 from parity import IDS, apart, cell
 from reference import Reference
 from sweeping import JUDGED, tokens
