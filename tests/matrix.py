@@ -33,8 +33,8 @@ ROUTED = ("router_logits", "router_probs", "router_weights", "router_indices", "
 
 
 def row(model_type: str, engine: str, **config: Any) -> dict[str, Any]:
-    """What one engine makes of a tiny model of a type, with settings of its config: `word` and `why`, the sites that are `held` by hooks written by
-    hand (at most `off`), `unheld`, `false` (further off than rounding) and `missing` by reason. Errors that are not ours
+    """What one engine makes of a tiny model of a type, with settings of its config: `word` and `why`, the sites that
+    are `held` by hooks written by hand (at most `off`), `unheld`, `false` (further off than rounding) and `missing` by reason. Errors that are not ours
     are raised: a load must not die of them."""
     try:
         hf = testing.tiny(model_type, dtype=torch.float64, **config)

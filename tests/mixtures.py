@@ -120,7 +120,7 @@ MIXTURES: dict[str, Mixture] = {
     "hy_v3": Mixture(score="sigmoid", bias="mlp.e_score_correction_bias", scale="router_scaling_factor", shared=_SHARED),
     "cohere2_moe": Mixture(layers=_ALL, score="sigmoid", shared=_SHARED),
     "kolibri1": Mixture(layers=_ALL, score="sigmoid of the biased", bias="mlp.gate.e_score_correction_bias", shared=_SHARED),
-    "laguna": replace(_M3),
+    "laguna": _M3,
     "glm4v_moe": replace(_V3, blocks="model.language_model.layers"),
     "qwen3_omni_moe_thinker": Mixture(layers=_ALL, blocks="model.language_model.layers"),
     "granitemoe_swa": replace(_GRANITE, shared=()),

@@ -242,7 +242,7 @@ def test_association_of_a_planted_expert() -> None:
 # Outputs of experts
 
 
-def _padded(seed: int = 0) -> ic.Tokens:
+def padded(seed: int = 0) -> ic.Tokens:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 90, (3, 9), generator=generator)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -254,7 +254,7 @@ def _padded(seed: int = 0) -> ic.Tokens:
 def test_outputs_are_those_of_the_sites(family: str) -> None:
     """Weighted contributions over weights, expert by expert; padding counts for nothing."""
     of = ic.load(testing.tiny(family), check=False)
-    tokens = _padded()
+    tokens = padded()
     made = outputs.outputs_of(of, [tokens], piece_bytes=2000)
     run = of.run(tokens, read=[S.expert_out, S.router_weights], logits=False)
     for row, layer in enumerate(made.layers):
@@ -280,33 +280,33 @@ def test_outputs_apart_from_weights_that_scale_the_input_are_refused_before_the_
     with pytest.raises(
         ic.CapabilityError, match=r"Llama4TextExperts of Llama4ForCausalLM takes hidden_states, not hidden"
     ):
-        outputs.outputs_of(of, [_padded()])
+        outputs.outputs_of(of, [padded()])
     assert not calls
 
 
 def test_reap_of_two_batches_is_that_of_one_and_follows_an_expert() -> None:
     hf = testing.tiny("qwen3_moe", dtype=torch.float64)
     of = ic.load(hf, check=False)
-    whole = outputs.outputs_of(of, [_padded()])
-    parts = outputs.outputs_of(of, [ic.Tokens.stack([row]) for row in _padded()])
+    whole = outputs.outputs_of(of, [padded()])
+    parts = outputs.outputs_of(of, [ic.Tokens.stack([row]) for row in padded()])
     np.testing.assert_allclose(parts.score("reap"), whole.score("reap"), rtol=1e-12)
     last = of.layers(S.router_logits)[-1]
     of.module("experts", last).down_proj.data[2] *= 2
-    doubled = outputs.outputs_of(of, [_padded()])
+    doubled = outputs.outputs_of(of, [padded()])
     ratio = doubled.score("reap")[-1] / whole.score("reap")[-1]
     np.testing.assert_allclose(ratio[2], 2, rtol=1e-12)
     np.testing.assert_allclose(np.delete(ratio, 2), 1, rtol=1e-12)
     with pytest.raises(ic.PlanError, match="no score 'raep' here. Did you mean 'reap'"):
         whole.score("raep")
     with pytest.raises(ic.CapabilityError, match="needs? a mixture of experts"):
-        outputs.outputs_of(ic.load(testing.tiny("llama"), check=False), [_padded()])
+        outputs.outputs_of(ic.load(testing.tiny("llama"), check=False), [padded()])
 
 
 def test_a_planted_super_expert_is_found_alone() -> None:
     hf = testing.tiny("qwen3_moe", mlp_only_layers=[0], num_hidden_layers=4)
     of = ic.load(hf, check=False)
     of.module("experts", 2).down_proj.data[3] *= 1000
-    made = outputs.outputs_of(of, [_padded(seed) for seed in range(3)])
+    made = outputs.outputs_of(of, [padded(seed) for seed in range(3)])
     found = super_experts(made.score("largest"), made.layers, made.n_layers)
     assert found.cells == ((2, 3),) and found.last_layer == 3
     points = Points((Point(2, 3, 1.0), Point(2, 1, 0.5)))
@@ -378,7 +378,7 @@ def test_recorded_ids_give_the_models_counts() -> None:
 
 def test_views_of_a_padded_batch_are_those_of_its_rows() -> None:
     of = ic.load(testing.tiny("qwen3_moe"), check=False)
-    tokens = _padded()
+    tokens = padded()
     views = {"all": None, "last": -1, "some": [1, 2]}
     found = usage_of(of, [tokens], views)
     alone = usage_of(of, [ic.Tokens.stack([row]) for row in tokens], views)
@@ -403,7 +403,7 @@ def test_memory_does_not_grow_with_the_number_of_tokens() -> None:
     views: dict[int, dict[str, usage.Usage]] = {}
 
     def gather(n: int) -> None:
-        views[n] = usage_of(of, (_padded(seed) for seed in range(n)))
+        views[n] = usage_of(of, (padded(seed) for seed in range(n)))
 
     gather(1)
     most = {n: peak_bytes(lambda n=n: gather(n)) for n in (2, 12)}  # type: ignore[misc]

@@ -10,6 +10,7 @@ from conftest import sampled, tiny_model
 from interp_plugins.router.shared import shared_of
 from mixtures import MIXTURES, SHARING
 from test_moe_families import routed
+from test_router_load import padded
 
 import interp_core as ic
 from interp_core import sites as S
@@ -17,13 +18,6 @@ from interp_core import sites as S
 KINDS = ("phimoe", "jetmoe", "gemma4", "granitemoeshared", "deepseek_v4", "axk1", "laguna", "minimax_m3_vl_text")
 """None, no experts by themselves, twice beside the block; several streams, a norm on the sum, a factor on the experts."""
 BESIDE = ("gemma4", "granitemoehybrid", "granitemoeshared")
-
-
-def _padded() -> ic.Tokens:
-    ids = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, :4] = False
-    return ic.Tokens(ids, mask)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +31,7 @@ def _padded() -> ic.Tokens:
 def test_shared_experts_are_those_of_their_module(family: str, path: str, gate: str) -> None:
     """Norms and gates are those of the modules; padding counts for nothing, and batches are summed."""
     of = tiny_model(family, torch.float64)
-    tokens = _padded()
+    tokens = padded()
     made = shared_of(of, (ic.Tokens.stack([row]) for row in tokens)).table()
     again = shared_of(of, [tokens]).table()
     assert [row["layer"] for row in made] == of.layers(S.router_logits) and made[0]["tokens"] == 23
@@ -106,4 +100,4 @@ def _put_out(of: ic.Model, tokens: ic.Tokens, modules: dict[str, torch.nn.Module
 def test_models_without_shared_experts_are_refused() -> None:
     for family in ("qwen3_moe", "gpt_oss"):
         with pytest.raises(ic.CapabilityError, match=rf"\({family}\) has none in its blocks with routers"):
-            shared_of(tiny_model(family), [_padded()])
+            shared_of(tiny_model(family), [padded()])

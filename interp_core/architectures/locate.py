@@ -456,16 +456,14 @@ LOCATORS = (stream, mixer_ends, heads, gate, mlp, router)
 
 def ends(stack: Stack) -> None:
     """Sites and components that a model has once."""
-    for name, path in (
-        ("embed", stack.paths.get("embed", stack.embedding)),
-        ("final_norm", stack.paths.get("ln_final")),
-    ):
-        module, d_model = stack.modules.get(str(path)), stack.atlas.shape.d_model
-        if name == "embed" and (width := getattr(module, "embedding_dim", d_model)) != d_model:
-            narrow = f"token embeddings have {width} dimensions, and the stream, which is made of them, {d_model}"
-            stack.refused.setdefault("embed", f"{narrow}; read resid_pre of layer 0")
-        elif module is not None:
-            stack.view(name, 0, HookPoint(str(path), "out"), stack.d_model)
+    said, d_model = stack.paths.get("embed"), stack.atlas.shape.d_model
+    embedding = said if said and said in stack.modules else stack.embedding
+    if (width := getattr(stack.modules.get(embedding), "embedding_dim", d_model)) != d_model:
+        narrow = f"token embeddings have {width} dimensions, and the stream, which is made of them, {d_model}"
+        stack.refused.setdefault("embed", f"{narrow}; read resid_pre of layer 0")
+    for name, module in (("embed", embedding), ("final_norm", stack.paths.get("ln_final", ""))):
+        if module:
+            stack.view(name, 0, HookPoint(module, "out"), stack.d_model)
     if stack.family.bare(stack.config) if callable(stack.family.bare) else stack.family.bare:
         stack.atlas.components.add("ln_final", None, nn.Identity())
     for component in ENDS:

@@ -120,6 +120,11 @@ def weights_digest(model: ic.Model) -> str:
     return str(ic.runs.model_record(model)["parts"].get("weights", ""))
 
 
+def named(model: ic.Model) -> str:
+    """A model and its type, as messages call it."""
+    return f"{model.source} ({model.hf.config.model_type})"
+
+
 def demand_routers(owner: str, model: ic.Model) -> list[int]:
     """The layers that have routers.
 
@@ -129,9 +134,7 @@ def demand_routers(owner: str, model: ic.Model) -> list[int]:
     layers = model.layers(S.router_logits)
     if not layers:
         why = model.can("router_logits", "read") or "no layer has experts"
-        raise ic.CapabilityError(
-            f"{owner} needs a mixture of experts; {model.source} ({model.hf.config.model_type}) has no router: {why}"
-        )
+        raise ic.CapabilityError(f"{owner} needs a mixture of experts; {named(model)} has no router: {why}")
     return layers
 
 

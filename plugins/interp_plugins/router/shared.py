@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import interp_core as ic
 from interp_core import sites as S
 
-from .points import demand_routers
+from .points import demand_routers, named
 from .reading import Places
 
 NAMES = ("share", "along", "shared_norm", "routed_norm", "block_norm")
@@ -86,14 +86,10 @@ def shared_of(model: ic.Model, batches: Iterable[ic.Tokens], at: Any = None) -> 
         shared.tokens += int(counted.sum())
         if not any(sums["shared_norm"] for sums in shared.sums.values()):
             raise ic.CapabilityError(
-                f"shared experts: {_named(model)} has none in its blocks with routers: these put out nothing without "
+                f"shared experts: {named(model)} has none in its blocks with routers: these put out nothing without "
                 "the routed experts"
             )
     return shared
-
-
-def _named(model: ic.Model) -> str:
-    return f"{model.source} ({model.hf.config.model_type})"
 
 
 def _block(model: ic.Model, layer: int) -> tuple[nn.Module, nn.Module]:
@@ -104,10 +100,10 @@ def _block(model: ic.Model, layer: int) -> tuple[nn.Module, nn.Module]:
     """
     block, experts = model.module("mlp", layer), model.module("experts", layer)
     if why := model.can("expert_out", "read"):
-        raise ic.CapabilityError(f"shared experts: of {_named(model)} no expert is known by itself: {why}")
+        raise ic.CapabilityError(f"shared experts: of {named(model)} no expert is known by itself: {why}")
     if experts not in block.modules():
         raise ic.CapabilityError(
-            f"shared experts: in {_named(model)} what every token has stands beside the block with the router, not in "
+            f"shared experts: in {named(model)} what every token has stands beside the block with the router, not in "
             f"it; compare expert_out with what module {type(block).__name__} of layer {layer} puts out"
         )
     return block, experts
